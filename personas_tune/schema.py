@@ -1,0 +1,250 @@
+"""The keys of an experiment's YAML, their types, ranges and defaults.
+
+One YAML holds every stage's section. Sections that name torchtune components (``model``,
+``optimizer``, ...) are open mappings with a ``_component_``; everything else is closed, so that a
+mistyped key is an error.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MemoriesSeen = Literal["short", "long", "both"]
+Component = dict[str, Any]
+
+
+class Section(BaseModel):
+    """A part of the YAML in which unknown keys are mistakes."""
+
+    model_config = ConfigDict(extra="forbid", strict=False)
+
+
+class RatingScale(Section):
+    min: float = 1
+    max: float = 5
+    step: float = Field(default=1, gt=0)
+
+    @model_validator(mode="after")
+    def _steps_must_reach_max(self) -> "RatingScale":
+        n_steps = (self.max - self.min) / self.step
+        if n_steps < 1 or abs(n_steps - round(n_steps)) > 1e-6:
+            raise ValueError(
+                f"max {self.max:g} must lie a whole number of steps of {self.step:g} above min {self.min:g}"
+            )
+        if n_steps > 100:
+            raise ValueError(f"more than 101 ratings between {self.min:g} and {self.max:g}")
+        return self
+
+
+class Cohort(Section):
+    n_users: int | None = Field(default=None, ge=1)
+    min_interactions: int = Field(default=1, ge=1)
+    max_interactions: int | None = Field(default=None, ge=1)
+    exclude: str | None = None  # a users.parquet whose users are left out of the log altogether
+
+    @model_validator(mode="after")
+    def _range_must_not_be_empty(self) -> "Cohort":
+        if self.max_interactions is not None and self.max_interactions < self.min_interactions:
+            raise ValueError(
+                f"max_interactions {self.max_interactions} is below min_interactions {self.min_interactions}"
+            )
+        return self
+
+
+class Split(Section):
+    by: Literal["user_time", "global_time"] = "user_time"
+    train_fraction: float = Field(default=0.6, gt=0, lt=1)
+    test_rows: int | None = Field(default=None, ge=1)
+
+
+class World(Section):
+    """Size of the synthetic world (``data.format: world``)."""
+
+    n_users: int = Field(default=1000, ge=20)
+    n_items: int = Field(default=400, ge=20)
+    n_groups: int = Field(default=6, ge=2)
+    mean_interactions: int = Field(default=80, ge=20)
+    seed: int = Field(default=0, ge=0)
+
+
+class Data(Section):
+    format: Literal["movielens", "csv", "jsonl", "parquet", "recbole", "world"] = "movielens"
+    path: str | None = None
+    columns: dict[Literal["user_id", "item_id", "rating", "timestamp"], str] = Field(default_factory=dict)
+    encoding: str | None = None
+    timestamp_unit: Literal["s", "ms"] = "s"
+    duplicates: Literal["error", "first", "last"] = "error"
+    item_metadata: str | None = None
+    rating_scale: RatingScale = Field(default_factory=RatingScale)
+    historical_average: Literal["outside", "train", "all", "none"] = "outside"
+    traits: Literal["train", "all"] = "train"
+    cohort: Cohort = Field(default_factory=Cohort)
+    split: Split = Field(default_factory=Split)
+    world: World = Field(default_factory=World)
+
+
+class Distill(Section):
+    distiller: Literal["openai", "template", "file"] = "template"
+    path: str | None = None
+    memories_path: str | None = None
+    batch_size: int = Field(default=10, ge=1, le=10)
+    max_words: int = Field(default=2000, ge=20)
+    model: str = "gpt-4o"
+    base_url: str | None = None
+    concurrency: int = Field(default=32, ge=1)
+    max_usd: float | None = Field(default=None, gt=0)
+    dry_run: bool = False
+
+
+class Personas(Section):
+    embedder: Literal["openai", "lsa", "sentence-transformers"] = "lsa"
+    dim: int = Field(default=64, ge=2)
+    k: int | Literal["elbow"] = 4
+    k_max: int = Field(default=10, ge=2)
+
+    @model_validator(mode="after")
+    def _k_must_be_positive(self) -> "Personas":
+        if isinstance(self.k, int) and self.k < 1:
+            raise ValueError(f"k is {self.k}; it must be at least 1, or elbow")
+        return self
+
+
+class Retrieval(Section):
+    embedder: Literal["openai", "lsa", "sentence-transformers"] = "lsa"
+    dim: int = Field(default=64, ge=2)
+    k: int = Field(default=1, ge=0)
+    min_similarity: float | None = Field(default=None, ge=-1, le=1)
+    before_target: bool = False
+    query: Literal["item", "user_and_item"] = "item"
+
+
+class Prompt(Section):
+    template: str = "movies"
+    profile: Literal["final", "before_target"] = "final"
+
+
+class AdapterSet(Section):
+    per: Literal["persona", "all"] = "persona"
+    memories: MemoriesSeen = "both"
+    rows: int | Literal["largest_persona", "smallest_persona"] | None = None
+    shuffle_personas: bool = False  # control: the same group sizes, users dealt out at random
+    base: str | None = None
+
+    @model_validator(mode="after")
+    def _rows_and_shuffling_need_their_kind(self) -> "AdapterSet":
+        if isinstance(self.rows, int) and self.rows < 1:
+            raise ValueError(f"rows is {self.rows}; it must be at least 1")
+        if self.per == "all" and self.shuffle_personas:
+            raise ValueError("shuffle_personas needs per: persona")
+        if self.per == "persona" and self.rows is not None:
+            raise ValueError("rows needs per: all; persona adapters train on all of their rows")
+        return self
+
+
+class Agent(Section):
+    adapters: str | None = None
+    memories: MemoriesSeen | None = None  # defaults to what its adapter set was trained with, else both
+    readout: Literal["expected", "argmax", "generate"] = "expected"
+    base: str | None = None
+
+
+class Evaluation(Section):
+    n_resamples: int = Field(default=9999, ge=99)
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    max_new_tokens: int = Field(default=4, ge=1)
+    temperature: float = Field(default=0.3, ge=0)
+    top_k: int | None = Field(default=50, ge=1)
+    max_tokens_per_forward: int = Field(default=8192, ge=1)
+
+
+class Base(Section):
+    """One more base model by name."""
+
+    model: Component
+    tokenizer: Component
+    checkpointer: Component
+
+
+class BaseTraining(Section):
+    """What ``persona_base`` trains from scratch (a tiny base for offline use)."""
+
+    checkpoint_dir: str | None = None
+    corpora: list[str] = Field(default_factory=list)  # finished experiments whose test rows are learnt; empty: this one
+    vocab_size: int = Field(default=1024, ge=300)
+    embed_dim: int = Field(default=192, ge=8)
+    num_layers: int = Field(default=4, ge=1)
+    num_heads: int = Field(default=6, ge=1)
+    num_kv_heads: int = Field(default=6, ge=1)
+    intermediate_dim: int = Field(default=512, ge=8)
+    max_seq_len: int = Field(default=2048, ge=64)
+    epochs: int = Field(default=1, ge=1)
+    rows_per_step: int = Field(default=64, ge=1)
+    rows_per_user: int = Field(default=16, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    warmup_steps: int = Field(default=100, ge=0)
+    validation_users: int = Field(default=20, ge=1)
+
+
+class Experiment(Section):
+    """The whole YAML."""
+
+    output_dir: str
+    seed: int = Field(default=42, ge=0)
+    device: str = "cpu"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+
+    data: Data = Field(default_factory=Data)
+    distill: Distill = Field(default_factory=Distill)
+    personas: Personas = Field(default_factory=Personas)
+    retrieval: Retrieval = Field(default_factory=Retrieval)
+    prompt: Prompt = Field(default_factory=Prompt)
+
+    model: Component | None = None
+    tokenizer: Component | None = None
+    checkpointer: Component | None = None
+    optimizer: Component | None = None
+    lr_scheduler: Component | None = None
+    loss: Component | None = None
+    metric_logger: Component | None = None
+    profiler: Component | None = None
+    bases: dict[str, Base] = Field(default_factory=dict)
+    base_training: BaseTraining = Field(default_factory=BaseTraining)
+
+    epochs: int = Field(default=2, ge=1)
+    batch_size: int = Field(default=2, ge=1)
+    gradient_accumulation_steps: int = Field(default=8, ge=1)
+    rows_per_user: int = Field(default=1, ge=1)
+    max_steps_per_epoch: int | None = Field(default=None, ge=1)
+    clip_grad_norm: float | None = Field(default=None, gt=0)
+    validation_share: float | None = Field(default=None, gt=0, lt=1)
+    compile: bool = False
+    enable_activation_checkpointing: bool = False
+    resume_from_checkpoint: bool = False
+    log_every_n_steps: int = Field(default=1, ge=1)
+    log_peak_memory_stats: bool = False
+
+    adapter_sets: dict[str, AdapterSet] = Field(default_factory=dict)
+    agents: dict[str, Agent] = Field(default_factory=dict)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+
+    @model_validator(mode="after")
+    def _names_must_refer_to_something(self) -> "Experiment":
+        problems = []
+        for kind, entries in (("adapter_sets", self.adapter_sets), ("agents", self.agents)):
+            for name, entry in entries.items():
+                if not name.replace("_", "").replace("-", "").isalnum():
+                    problems.append(f"{kind}.{name}: names are letters, digits, '_' and '-' (they become folders)")
+                if entry.base is not None and entry.base not in self.bases:
+                    problems.append(
+                        f"{kind}.{name}.base: no base {entry.base!r} under bases ({', '.join(self.bases) or 'none'})"
+                    )
+        for name, agent in self.agents.items():
+            if agent.adapters is not None and agent.adapters not in self.adapter_sets:
+                known = ", ".join(self.adapter_sets) or "none"
+                problems.append(
+                    f"agents.{name}.adapters: no adapter set {agent.adapters!r} under adapter_sets ({known})"
+                )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self

@@ -1,0 +1,348 @@
+"""The files that pass between stages: where they lie, what columns they have, how they are written.
+
+Every stage owns one folder below ``output_dir``. Its files are first written to a temporary folder
+beside it and moved into place together when the stage has succeeded, ``manifest.json`` last, so that
+a folder with a manifest is complete and a failed run leaves nothing behind.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from personas_tune import __version__
+from personas_tune.errors import ConfigError, DataError, MissingInputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MANIFEST = "manifest.json"
+
+# Columns that never change name or meaning; a file may have more.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "interactions": ("user_id", "item_id", "rating", "timestamp", "position", "split"),
+    "items": ("item_id", "title", "year", "genres", "summary", "cast", "mean_rating", "n_ratings"),
+    "users": (
+        "user_id", "n_train", "n_test", "mean_rating", "activity", "activity_tier",
+        "conformity", "conformity_tier", "diversity", "diversity_tier",
+    ),
+    "profiles": ("user_id", "upto_position", "profile", "distiller", "n_words"),
+    "memories": ("user_id", "item_id", "position", "rating", "memory"),
+    "personas": ("user_id", "persona", "distance"),
+    "samples": ("user_id", "item_id", "position", "rating", "persona", "memory_positions"),
+    "predictions": ("user_id", "item_id", "position", "rating", "persona", "p", "expected", "argmax", "text", "parsed"),
+}  # fmt: skip
+
+# Which recipe writes which stage folder.
+STAGE_RECIPES = {
+    "data": "persona_prepare",
+    "memory": "persona_distill",
+    "personas": "persona_cluster",
+    "samples": "persona_raft",
+    "adapters": "persona_lora",
+    "eval": "persona_eval",
+    "base": "persona_base",
+}
+
+_RECORDED_PACKAGES = ("torch", "torchtune", "torchao", "numpy", "scikit-learn", "scipy", "pyarrow", "faiss-cpu")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Names every file of one experiment below its ``output_dir``."""
+
+    root: Path
+
+    @classmethod
+    def at(cls, output_dir: str | Path) -> "Workspace":
+        """The workspace at ``output_dir``, which need not exist yet."""
+        return cls(Path(output_dir).expanduser().absolute())
+
+    @property
+    def interactions(self) -> Path:
+        return self.root / "data" / "interactions.parquet"
+
+    @property
+    def items(self) -> Path:
+        return self.root / "data" / "items.parquet"
+
+    @property
+    def users(self) -> Path:
+        return self.root / "data" / "users.parquet"
+
+    @property
+    def oracle(self) -> Path:
+        """Bayes-optimal predictions of a synthetic world; absent for real logs."""
+        return self.root / "data" / "oracle.parquet"
+
+    @property
+    def profiles(self) -> Path:
+        return self.root / "memory" / "profiles.parquet"
+
+    @property
+    def memories(self) -> Path:
+        return self.root / "memory" / "memories.parquet"
+
+    @property
+    def personas(self) -> Path:
+        return self.root / "personas" / "personas.parquet"
+
+    @property
+    def clustering(self) -> Path:
+        return self.root / "personas" / "clustering.json"
+
+    @property
+    def train_samples(self) -> Path:
+        return self.root / "samples" / "train.parquet"
+
+    @property
+    def test_samples(self) -> Path:
+        return self.root / "samples" / "test.parquet"
+
+    @property
+    def prompt_settings(self) -> Path:
+        return self.root / "samples" / "prompt.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "eval" / "metrics.json"
+
+    @property
+    def table(self) -> Path:
+        return self.root / "eval" / "table.md"
+
+    def adapter_set(self, name: str) -> Path:
+        """Folder of one adapter set, with a folder per adapter inside."""
+        return self.root / "adapters" / name
+
+    def predictions(self, agent: str) -> Path:
+        return self.root / "eval" / f"predictions_{agent}.parquet"
+
+
+def prompt_inputs(workspace: Workspace) -> list[Path]:
+    """The files that train prompts are made of."""
+    return [
+        workspace.train_samples, workspace.prompt_settings, workspace.items, workspace.users,
+        workspace.profiles, workspace.memories,
+    ]  # fmt: skip
+
+
+def read_table(path: Path, columns: Sequence[str] = ()) -> "pa.Table":
+    """Read a stage's Parquet file and check that it is whole.
+
+    Args:
+        path: The file.
+        columns: Columns that must be there.
+
+    Raises:
+        MissingInputError: If the file isn't there; names the recipe that writes it.
+        DataError: If it is damaged or lacks a column.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    recipe = STAGE_RECIPES.get(path.parent.name)
+    remedy = f"run `tune run {recipe} --config ...` first" if recipe else "check the path"
+    if not path.is_file():
+        raise MissingInputError("file not found", where=str(path), remedy=remedy)
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        first_line = str(error).splitlines()[0]
+        raise DataError(f"not a readable Parquet file ({first_line})", where=str(path), remedy=remedy) from error
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise DataError(f"column {', '.join(missing)} is missing", where=str(path), remedy=remedy)
+    return table
+
+
+def read_json(path: Path) -> Any:
+    """Read a stage's JSON file.
+
+    Raises:
+        MissingInputError: If it isn't there.
+        DataError: If it isn't JSON.
+    """
+    recipe = STAGE_RECIPES.get(path.parent.name)
+    remedy = f"run `tune run {recipe} --config ...` first" if recipe else "check the path"
+    if not path.is_file():
+        raise MissingInputError("file not found", where=str(path), remedy=remedy)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"not JSON ({error})", where=str(path), remedy=remedy) from error
+
+
+def to_json(value: Any) -> str:
+    """Canonical JSON text: sorted keys, two-space indent, a final newline."""
+    return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_of_inputs(inputs: Sequence[Path]) -> dict[str, str]:
+    """Hashes of input files by name; a folder counts with every file below it.
+
+    Raises:
+        MissingInputError: If an input isn't there.
+    """
+    hashes: dict[str, str] = {}
+    for path in inputs:
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+        elif path.is_file():
+            files = [path]
+        else:
+            recipe = STAGE_RECIPES.get(path.parent.name)
+            remedy = f"run `tune run {recipe} --config ...` first" if recipe else "check the path"
+            raise MissingInputError("file not found", where=str(path), remedy=remedy)
+        hashes.update({str(file): sha256_of_file(file) for file in files})
+    return hashes
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"personas_tune": __version__, "python": platform.python_version()}
+    for package in _RECORDED_PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+@dataclass
+class Stage:
+    """A stage's folder while it is being written; get one from :func:`open_stage`."""
+
+    folder: Path
+    is_current: bool
+    _staging: Path
+    _written: dict[str, Path] = field(default_factory=dict)
+
+    def path(self, name: str) -> Path:
+        """Where to write the file ``name`` of this stage (a temporary place until the stage succeeds)."""
+        target = self._staging / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._written[name] = target
+        return target
+
+    def write_table(self, name: str, table: "pa.Table") -> None:
+        """Write a table as Parquet; equal tables give equal bytes."""
+        import pyarrow.parquet as pq
+
+        pq.write_table(table, self.path(name), compression="zstd")
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write canonical JSON."""
+        self.path(name).write_text(to_json(value), encoding="utf-8")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write UTF-8 text."""
+        self.path(name).write_text(text, encoding="utf-8")
+
+
+def stage_key(settings: Mapping[str, Any], input_hashes: Mapping[str, str]) -> str:
+    """Hash of all that decides a stage's outputs: its settings and the bytes of its inputs.
+
+    Input paths don't count, so a moved experiment stays up to date.
+    """
+    material = {"version": __version__, "settings": settings, "inputs": sorted(input_hashes.values())}
+    return hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()
+
+
+def is_current(folder: Path, key: str) -> bool:
+    """Whether ``folder`` holds a finished stage that was made with ``key`` and is unharmed."""
+    manifest_file = folder / MANIFEST
+    if not manifest_file.is_file():
+        return False
+    try:
+        manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return False
+    if manifest.get("key") != key:
+        return False
+    outputs: dict[str, str] = manifest.get("outputs", {})
+    return all((folder / name).is_file() and sha256_of_file(folder / name) == h for name, h in outputs.items())
+
+
+@contextmanager
+def open_stage(
+    folder: Path, settings: Mapping[str, Any], inputs: Sequence[Path] = (), *, seed: int | None = None
+) -> Iterator[Stage]:
+    """Open a stage's folder for writing; all of its files appear together, or none does.
+
+    Args:
+        folder: The stage's folder, such as ``output_dir/data`` or ``output_dir/adapters/persona``.
+        settings: What decides the outputs, as plain JSON values without secrets.
+        inputs: Files or folders read; their hashes go into the manifest and the up-to-date check.
+        seed: Recorded in the manifest.
+
+    Yields:
+        A :class:`Stage`. When its ``is_current`` is true, nothing need be done, and nothing is written.
+
+    Raises:
+        MissingInputError: If an input isn't there.
+    """
+    input_hashes = sha256_of_inputs(inputs)
+    key = stage_key({**settings, "seed": seed}, input_hashes)
+    staging = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    stage = Stage(folder, is_current(folder, key), staging)
+    if stage.is_current:
+        yield stage
+        return
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"can't write there ({error.strerror})",
+            where=str(folder.parent),
+            remedy="set output_dir to a writable folder",
+        ) from error
+    try:
+        yield stage
+        manifest = {
+            "key": key,
+            "seed": seed,
+            "settings": settings,
+            "inputs": input_hashes,
+            "outputs": {name: sha256_of_file(path) for name, path in sorted(stage._written.items())},
+            "versions": _versions(),
+            "platform": sys.platform,
+        }
+        _move_into_place(stage, to_json(manifest))
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _move_into_place(stage: Stage, manifest: str) -> None:
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    (stage.folder / MANIFEST).unlink(missing_ok=True)
+    for name, path in stage._written.items():
+        _fsync(path)
+        (stage.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, stage.folder / name)
+    manifest_file = stage._staging / MANIFEST
+    manifest_file.write_text(manifest, encoding="utf-8")
+    _fsync(manifest_file)
+    os.replace(manifest_file, stage.folder / MANIFEST)
+    _fsync(stage.folder)
