@@ -27,6 +27,7 @@ from personas_tune.schema import Experiment
 
 EXIT_USER_ERROR = 2
 BUNDLED_CONFIGS = "personas_tune.configs"
+BUNDLED_BASES = "bundled://"
 
 
 def bundled_configs() -> list[str]:
@@ -129,7 +130,16 @@ def base_sections(cfg: DictConfig, name: str | None) -> dict[str, Any]:
     prefix = "" if name is None else f"bases.{name}."
     keys = ("model", "tokenizer", "checkpointer")
     check_components(cfg, [f"{prefix}{key}" for key in keys])
-    return {key: OmegaConf.to_container(OmegaConf.select(cfg, f"{prefix}{key}"), resolve=True) for key in keys}
+    sections = {key: OmegaConf.to_container(OmegaConf.select(cfg, f"{prefix}{key}"), resolve=True) for key in keys}
+    resolved: dict[str, Any] = _map_strings(sections, bundled_path)
+    return resolved
+
+
+def bundled_path(text: str) -> str:
+    """The place of a base that ships with the package: ``bundled://NAME/FILE``; other strings as they are."""
+    if not text.startswith(BUNDLED_BASES):
+        return text
+    return str(resources.files("personas_tune") / "bases" / text.removeprefix(BUNDLED_BASES))
 
 
 def instantiate(cfg: DictConfig, key: str, *args: Any, default: str | None = None, **kwargs: Any) -> Any:

@@ -35,7 +35,7 @@ class PersonasTuneError(Exception):
         return [str(self)]
 
 
-class SeveralErrors(PersonasTuneError):
+class SeveralErrors(PersonasTuneError):  # noqa: N818
     """Several mistakes found in one go, each told in its own line."""
 
     def __init__(self, errors: Sequence[PersonasTuneError]) -> None:
@@ -44,6 +44,7 @@ class SeveralErrors(PersonasTuneError):
 
     @property
     def lines(self) -> list[str]:
+        """The messages, one a mistake."""
         return [line for error in self.errors for line in error.lines]
 
     def __str__(self) -> str:

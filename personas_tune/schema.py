@@ -7,7 +7,7 @@ mistyped key is an error.
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MemoriesSeen = Literal["short", "long", "both"]
 Component = dict[str, Any]
@@ -123,6 +123,15 @@ class Prompt(Section):
     profile: Literal["final", "before_target"] = "final"
 
 
+class Training(Section):
+    prefix_sharing: Literal["auto", "off"] = "off"
+
+    @field_validator("prefix_sharing", mode="before")
+    @classmethod
+    def _yaml_reads_off_as_false(cls, value: object) -> object:
+        return "off" if value is False else value
+
+
 class AdapterSet(Section):
     per: Literal["persona", "all"] = "persona"
     memories: MemoriesSeen = "both"
@@ -184,6 +193,8 @@ class BaseTraining(Section):
     weight_decay: float = Field(default=0.05, ge=0)
     warmup_steps: int = Field(default=100, ge=0)
     validation_users: int = Field(default=20, ge=1)
+    validate_every_n_steps: int | None = Field(default=None, ge=1)
+    tokenizer_stride: int = Field(default=5, ge=1)  # the tokenizer is trained on every so many-th prompt
 
 
 class Experiment(Section):
@@ -218,6 +229,7 @@ class Experiment(Section):
     max_steps_per_epoch: int | None = Field(default=None, ge=1)
     clip_grad_norm: float | None = Field(default=None, gt=0)
     validation_share: float | None = Field(default=None, gt=0, lt=1)
+    training: Training = Field(default_factory=Training)
     compile: bool = False
     enable_activation_checkpointing: bool = False
     resume_from_checkpoint: bool = False
@@ -226,6 +238,7 @@ class Experiment(Section):
 
     adapter_sets: dict[str, AdapterSet] = Field(default_factory=dict)
     agents: dict[str, Agent] = Field(default_factory=dict)
+    stages: list[str] | None = None  # what persona_pipeline runs; all of them by default
     evaluation: Evaluation = Field(default_factory=Evaluation)
 
     @model_validator(mode="after")

@@ -68,14 +68,22 @@ class Workspace:
 
     @property
     def interactions(self) -> Path:
+        """The cohort's interactions."""
         return self.root / "data" / "interactions.parquet"
 
     @property
+    def outside(self) -> Path:
+        """Ratings of the users outside the cohort."""
+        return self.root / "data" / "outside.parquet"
+
+    @property
     def items(self) -> Path:
+        """The cohort's items."""
         return self.root / "data" / "items.parquet"
 
     @property
     def users(self) -> Path:
+        """The cohort's users."""
         return self.root / "data" / "users.parquet"
 
     @property
@@ -85,38 +93,47 @@ class Workspace:
 
     @property
     def profiles(self) -> Path:
+        """Profiles as they grew."""
         return self.root / "memory" / "profiles.parquet"
 
     @property
     def memories(self) -> Path:
+        """A memory per train interaction."""
         return self.root / "memory" / "memories.parquet"
 
     @property
     def personas(self) -> Path:
+        """Each user's persona."""
         return self.root / "personas" / "personas.parquet"
 
     @property
     def clustering(self) -> Path:
+        """How the personas were found."""
         return self.root / "personas" / "clustering.json"
 
     @property
     def train_samples(self) -> Path:
+        """Ratings to train on."""
         return self.root / "samples" / "train.parquet"
 
     @property
     def test_samples(self) -> Path:
+        """Ratings to predict."""
         return self.root / "samples" / "test.parquet"
 
     @property
     def prompt_settings(self) -> Path:
+        """How samples become prompts."""
         return self.root / "samples" / "prompt.json"
 
     @property
     def metrics(self) -> Path:
+        """All that was measured."""
         return self.root / "eval" / "metrics.json"
 
     @property
     def table(self) -> Path:
+        """The table."""
         return self.root / "eval" / "table.md"
 
     def adapter_set(self, name: str) -> Path:
@@ -124,6 +141,7 @@ class Workspace:
         return self.root / "adapters" / name
 
     def predictions(self, agent: str) -> Path:
+        """What one agent predicts for every test sample."""
         return self.root / "eval" / f"predictions_{agent}.parquet"
 
 
@@ -133,6 +151,10 @@ def prompt_inputs(workspace: Workspace) -> list[Path]:
         workspace.train_samples, workspace.prompt_settings, workspace.items, workspace.users,
         workspace.profiles, workspace.memories,
     ]  # fmt: skip
+
+
+def _recipe_that_writes(path: Path) -> str | None:
+    return next((STAGE_RECIPES[folder.name] for folder in path.parents if folder.name in STAGE_RECIPES), None)
 
 
 def read_table(path: Path, columns: Sequence[str] = ()) -> "pa.Table":
@@ -149,7 +171,7 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> "pa.Table":
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    recipe = STAGE_RECIPES.get(path.parent.name)
+    recipe = _recipe_that_writes(path)
     remedy = f"run `tune run {recipe} --config ...` first" if recipe else "check the path"
     if not path.is_file():
         raise MissingInputError("file not found", where=str(path), remedy=remedy)
@@ -171,7 +193,7 @@ def read_json(path: Path) -> Any:
         MissingInputError: If it isn't there.
         DataError: If it isn't JSON.
     """
-    recipe = STAGE_RECIPES.get(path.parent.name)
+    recipe = _recipe_that_writes(path)
     remedy = f"run `tune run {recipe} --config ...` first" if recipe else "check the path"
     if not path.is_file():
         raise MissingInputError("file not found", where=str(path), remedy=remedy)
@@ -205,7 +227,7 @@ def sha256_of_inputs(inputs: Sequence[Path]) -> dict[str, str]:
         elif path.is_file():
             files = [path]
         else:
-            recipe = STAGE_RECIPES.get(path.parent.name)
+            recipe = _recipe_that_writes(path)
             remedy = f"run `tune run {recipe} --config ...` first" if recipe else "check the path"
             raise MissingInputError("file not found", where=str(path), remedy=remedy)
         hashes.update({str(file): sha256_of_file(file) for file in files})
@@ -334,8 +356,19 @@ def open_stage(
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _outputs_of(folder: Path) -> set[str]:
+    """Names of the files that the last finished run of a stage wrote."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return set(manifest["outputs"])
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return set()
+
+
 def _move_into_place(stage: Stage, manifest: str) -> None:
     stage.folder.mkdir(parents=True, exist_ok=True)
+    for name in _outputs_of(stage.folder) - stage._written.keys():
+        (stage.folder / name).unlink(missing_ok=True)  # a file that this stage no longer writes
     (stage.folder / MANIFEST).unlink(missing_ok=True)
     for name, path in stage._written.items():
         _fsync(path)

@@ -1,0 +1,84 @@
+"""The ``personas-tune`` command: list and copy what is bundled, and say what this machine lacks."""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from personas_tune import __version__
+from personas_tune.config import bundled_configs, exit_status_of, find_config
+from personas_tune.errors import ConfigError
+
+RECIPES = {
+    "persona_prepare": "logs and item metadata -> data/",
+    "persona_distill": "data/ -> profiles and memories in memory/",
+    "persona_cluster": "profiles -> personas/",
+    "persona_raft": "memories retrieved for every rating -> samples/",
+    "persona_lora": "samples/ and a base -> adapters/",
+    "persona_eval": "adapters/ -> eval/ with the table",
+    "persona_base": "a tiny base from nothing (offline use) -> base/",
+    "persona_pipeline": "all stages in order",
+}
+
+
+def list_bundled() -> None:
+    """Print the recipes and configs that ``tune run`` takes by name."""
+    width = max(len(name) for name in [*RECIPES, *bundled_configs()])
+    print("RECIPES (tune run RECIPE --config CONFIG)")
+    for name, purpose in RECIPES.items():
+        print(f"  {name:<{width}}  {purpose}")
+    print("CONFIGS (copy one with `personas-tune cp CONFIG .`)")
+    for name in bundled_configs():
+        print(f"  {name:<{width}}  {_purpose_of(find_config(name))}")
+
+
+def copy_bundled(name: str, destination: Path, *, force: bool) -> None:
+    """Copy a bundled config or recipe.
+
+    Raises:
+        ConfigError: If there is none of that name, or the destination exists and ``force`` isn't set.
+    """
+    source = _recipe_file(name.removesuffix(".py")) if name.removesuffix(".py") in RECIPES else find_config(name)
+    target = destination / source.name if destination.is_dir() else destination
+    if target.exists() and not force:
+        raise ConfigError("file exists", where=str(target), remedy="add --force to overwrite it")
+    if not target.parent.is_dir():
+        raise ConfigError("no such folder", where=str(target.parent), remedy="make it first")
+    shutil.copyfile(source, target)
+    print(f"copied to {target}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the console script."""
+    parser = argparse.ArgumentParser(prog="personas-tune", description="companion of `tune run persona_*`")
+    parser.add_argument("--version", action="version", version=f"personas-tune {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("ls", help="list the bundled recipes and configs")
+    cp = commands.add_parser("cp", help="copy a bundled config or recipe")
+    cp.add_argument("name")
+    cp.add_argument("destination", type=Path)
+    cp.add_argument("--force", action="store_true", help="overwrite")
+    doctor = commands.add_parser("doctor", help="say what is missing on this machine, with the mending command")
+    doctor.add_argument("--config", help="also check what this experiment needs")
+    parsed = parser.parse_args(arguments)
+    if parsed.command == "ls":
+        sys.exit(exit_status_of(list_bundled))
+    if parsed.command == "cp":
+        sys.exit(exit_status_of(lambda: copy_bundled(parsed.name, parsed.destination, force=parsed.force)))
+    from personas_tune.doctor import print_findings
+
+    sys.exit(exit_status_of(lambda: print_findings(parsed.config)))
+
+
+def _purpose_of(config: Path) -> str:
+    first_line = config.read_text(encoding="utf-8").splitlines()[0]
+    return first_line.removeprefix("#").strip()
+
+
+def _recipe_file(name: str) -> Path:
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"recipe {name} is not installed", remedy="pip install --force-reinstall personas-tune")
+    return Path(spec.origin)

@@ -1,0 +1,140 @@
+"""A finished experiment's tables as prompts: who rates what, knowing what."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from personas_tune.errors import DataError
+from personas_tune.prompts.render import ItemText, PromptParts, label_of
+from personas_tune.prompts.templates import TRAITS, Template, find_template
+from personas_tune.schema import MemoriesSeen
+from personas_tune.workspace import COLUMNS, Workspace, read_json, read_table
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One rating to predict: a row of ``samples/train.parquet`` or ``test.parquet``."""
+
+    user_id: str
+    item_id: str
+    position: int
+    rating: float
+    persona: int
+    memory_positions: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"user {self.user_id}, item {self.item_id} (position {self.position})"
+
+
+class RatingSource:
+    """The prompts of one experiment, read from the files that its earlier stages wrote.
+
+    Args:
+        output_dir: The experiment's folder, with ``data/``, ``memory/`` and ``samples/`` in it.
+
+    Raises:
+        MissingInputError: If a stage hasn't run; names its recipe.
+        DataError: If a file is damaged.
+    """
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.workspace = Workspace.at(output_dir)
+        settings = read_json(self.workspace.prompt_settings)
+        self.labels: tuple[str, ...] = tuple(settings["labels"])
+        self.template: Template = find_template(settings["template"])
+        self._profile_choice: str = settings["profile"]
+        self._items = {row["item_id"]: _item_text(row) for row in _rows(self.workspace.items, "items")}
+        self._tiers = {
+            row["user_id"]: tuple(row[f"{name}_tier"] for name in TRAITS)
+            for row in _rows(self.workspace.users, "users")
+        }
+        self._memories = {
+            (row["user_id"], row["position"]): row["memory"] for row in _rows(self.workspace.memories, "memories")
+        }
+        self._profiles: dict[str, list[tuple[int, str]]] = {}
+        for row in _rows(self.workspace.profiles, "profiles"):
+            self._profiles.setdefault(row["user_id"], []).append((row["upto_position"], row["profile"]))
+
+    def samples(self, split: str) -> list[Sample]:
+        """The samples of ``train`` or ``test``, ordered by user and position.
+
+        Raises:
+            DataError: If ``split`` is neither.
+        """
+        files = {"train": self.workspace.train_samples, "test": self.workspace.test_samples}
+        if split not in files:
+            raise DataError(f"no split {split!r}", where="split", remedy="use train or test")
+        return [
+            Sample(
+                row["user_id"], row["item_id"], row["position"], row["rating"], row["persona"],
+                tuple(row["memory_positions"]),
+            )
+            for row in _rows(files[split], "samples")
+        ]  # fmt: skip
+
+    def parts(self, sample: Sample, memories: MemoriesSeen) -> PromptParts:
+        """All that the agent is told before it rates ``sample``.
+
+        Args:
+            sample: The rating to predict.
+            memories: ``short`` shows the profile, ``long`` the retrieved memories, ``both`` both.
+        """
+        return PromptParts(
+            tiers=self._tiers[sample.user_id],
+            profile=self._profile(sample) if memories != "long" else None,
+            labels=self.labels,
+            memories=self._retrieved(sample) if memories != "short" else (),
+            item=self._items[sample.item_id],
+        )
+
+    def label(self, sample: Sample) -> str:
+        """The answer: the true rating as text."""
+        return label_of(sample.rating, self.labels)
+
+    def _profile(self, sample: Sample) -> str:
+        versions = self._profiles.get(sample.user_id)
+        if not versions:
+            raise DataError("user has no profile", where=sample.name, remedy="run `tune run persona_distill` again")
+        if self._profile_choice == "final":
+            return versions[-1][1]
+        # upto_position counts the train interactions seen: that many have positions below it.
+        seen = [text for upto, text in versions if upto <= sample.position]
+        return seen[-1] if seen else versions[0][1]
+
+    def _retrieved(self, sample: Sample) -> tuple[str, ...]:
+        return tuple(self._memories[sample.user_id, position] for position in sample.memory_positions)
+
+
+def _rows(path: Path, table: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = read_table(path, COLUMNS[table]).to_pylist()
+    return rows
+
+
+def _item_text(row: dict[str, Any]) -> ItemText:
+    return ItemText(
+        title=row["title"],
+        year=row["year"],
+        genres=tuple(row["genres"] or ()),
+        mean_rating=row["mean_rating"],
+        n_ratings=row["n_ratings"],
+        summary=row["summary"],
+        cast=tuple(row["cast"] or ()),
+    )
+
+
+def of_persona(samples: Sequence[Sample], persona: int | None) -> list[Sample]:
+    """The samples of one persona's users; all of them for None.
+
+    Raises:
+        DataError: If the persona has no sample.
+    """
+    if persona is None:
+        return list(samples)
+    chosen = [sample for sample in samples if sample.persona == persona]
+    if not chosen:
+        known = ", ".join(str(number) for number in sorted({sample.persona for sample in samples}))
+        raise DataError(f"persona {persona} has no sample", where="samples", remedy=f"the personas are {known}")
+    return chosen

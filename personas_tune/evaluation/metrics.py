@@ -1,0 +1,214 @@
+"""How far predicted ratings are from true ones, as plain values for ``metrics.json``.
+
+A prediction that is not a finite number is *unparsed*: the agent's answer held no rating. Errors on the
+parsed rows are the paper's figures; the unrelated response rate (URR) says how many rows they leave
+out, and the ``_filled`` errors measure all rows, with the user's train mean where there was no answer.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from sklearn.metrics import mean_absolute_error, root_mean_squared_error
+
+from personas_tune.errors import ConfigError, EvaluationError
+from personas_tune.evaluation.intervals import (
+    DEFAULT_RESAMPLING,
+    Resampling,
+    interval_of_mae,
+    interval_of_rmse,
+    paired_difference,
+)
+
+Floats = NDArray[np.float64]
+Strings = NDArray[Any]
+
+_SPLIT_REMEDY = "change data.split.train_fraction"
+
+# What every agent is compared with, besides the other agents.
+REFERENCE_BASELINES = (
+    "constant",
+    "user_mean",
+    "item_mean",
+    "user_item_bias",
+    "matrix_factorisation",
+    "ridge_prompt_numbers",
+)
+
+
+def rmse(ratings: Floats, predicted: Floats) -> float:
+    """Root mean squared error; NaN when there is no row."""
+    return float(root_mean_squared_error(ratings, predicted)) if len(ratings) else math.nan
+
+
+def mae(ratings: Floats, predicted: Floats) -> float:
+    """Mean absolute error; NaN when there is no row."""
+    return float(mean_absolute_error(ratings, predicted)) if len(ratings) else math.nan
+
+
+def train_means(user_ids: Sequence[str], users: pa.Table) -> Floats:
+    """The train mean of each row's user: what fills an unparsed row.
+
+    A user without train rows gets the mean over all train rows.
+
+    Args:
+        user_ids: A user a row.
+        users: ``users.parquet``, with ``user_id``, ``n_train`` and ``mean_rating``.
+
+    Raises:
+        EvaluationError: If no user has a train row.
+    """
+    n_train = users["n_train"].to_numpy().astype(np.float64)
+    means = users["mean_rating"].cast(pa.float64()).to_numpy(zero_copy_only=False)
+    known = (n_train > 0) & np.isfinite(means)
+    if not known.any():
+        raise EvaluationError(
+            "no user has a train row", where="users.parquet", remedy="raise data.split.train_fraction"
+        )
+    overall = float(np.average(means[known], weights=n_train[known]))
+    rows = pc.index_in(pa.array(user_ids, pa.string()), value_set=users["user_id"].combine_chunks())
+    filled = np.append(np.where(known, means, overall), overall)
+    return np.asarray(filled[rows.fill_null(len(means)).to_numpy()])
+
+
+def fill_unparsed(predicted: Floats, user_means: Floats) -> Floats:
+    """Predictions for all rows: ``user_means`` where a prediction is not finite."""
+    return np.where(np.isfinite(predicted), predicted, user_means)
+
+
+def measure_agent(
+    user_ids: Sequence[str] | Strings,
+    personas: Sequence[int] | NDArray[np.integer[Any]],
+    ratings: Floats,
+    predicted: Floats,
+    user_means: Floats,
+    resampling: Resampling = DEFAULT_RESAMPLING,
+) -> dict[str, Any]:
+    """Measure an agent's (or a baseline's) predictions.
+
+    Args:
+        user_ids: The user of each test row, shape ``(n,)``.
+        personas: That user's persona, shape ``(n,)``.
+        ratings: The true ratings, shape ``(n,)``.
+        predicted: The predicted ratings, shape ``(n,)``; NaN where the answer held none.
+        user_means: The train mean of each row's user (:func:`train_means`), shape ``(n,)``.
+        resampling: How the intervals are drawn.
+
+    Returns:
+        JSON-ready values, None where a figure doesn't exist: ``n`` rows; ``n_parsed``; ``urr`` (share of
+        unparsed rows); ``rmse``, ``mae`` and their ``rmse_ci``, ``mae_ci`` (low, high) on parsed rows;
+        ``rmse_filled``, ``mae_filled`` on all rows; ``macro_rmse``, the mean of the users' RMSEs;
+        ``per_persona`` (n, n_parsed, rmse, mae by persona) and ``per_user`` (n, sse, sae of parsed rows).
+
+    Raises:
+        EvaluationError: If there is no row.
+    """
+    if len(ratings) == 0:
+        raise EvaluationError(
+            "no test row to measure", where="samples/test.parquet", remedy="lower data.split.train_fraction"
+        )
+    parsed = np.isfinite(predicted)
+    filled = fill_unparsed(predicted, user_means)
+    names, n, sse, sae = _sum_by_user(np.asarray(user_ids)[parsed], ratings[parsed], predicted[parsed])
+    measured = {
+        "n": len(ratings),
+        "n_parsed": int(parsed.sum()),
+        "urr": float(1.0 - parsed.mean()),
+        "rmse": rmse(ratings[parsed], predicted[parsed]),
+        "rmse_ci": list(interval_of_rmse(sse, n, resampling)),
+        "mae": mae(ratings[parsed], predicted[parsed]),
+        "mae_ci": list(interval_of_mae(sae, n, resampling)),
+        "rmse_filled": rmse(ratings, filled),
+        "mae_filled": mae(ratings, filled),
+        "macro_rmse": float(np.sqrt(sse / n).mean()) if len(n) else math.nan,
+        "per_persona": _measure_personas(np.asarray(personas), ratings, predicted),
+        "per_user": {
+            str(name): {"n": int(count), "sse": float(squared), "sae": float(absolute)}
+            for name, count, squared, absolute in zip(names, n, sse, sae, strict=True)
+        },
+    }
+    return {key: _without_nan(value) for key, value in measured.items()}
+
+
+def comparison_pairs(agents: Sequence[str], baselines: Iterable[str]) -> list[tuple[str, str]]:
+    """Which predictors the table compares: each agent with the agents named before it and with the baselines.
+
+    Raises:
+        ConfigError: If an agent bears a baseline's name.
+    """
+    references = [name for name in baselines if name in REFERENCE_BASELINES]
+    clashes = sorted(set(agents) & set(baselines))
+    if clashes:
+        raise ConfigError(f"{clashes[0]!r} is the name of a baseline", where="agents", remedy="rename the agent")
+    pairs = []
+    for place, agent in enumerate(agents):
+        pairs += [(agent, other) for other in [*agents[:place], *references]]
+    return pairs
+
+
+def compare_predictors(
+    user_ids: Sequence[str] | Strings,
+    ratings: Floats,
+    filled: Mapping[str, Floats],
+    pairs: Iterable[tuple[str, str]],
+    resampling: Resampling = DEFAULT_RESAMPLING,
+) -> list[dict[str, Any]]:
+    """RMSE differences between predictors on all rows, with intervals that resample users.
+
+    Args:
+        user_ids: The user of each test row, shape ``(n,)``.
+        ratings: The true ratings, shape ``(n,)``.
+        filled: Each predictor's predictions by name, without gaps (:func:`fill_unparsed`), shape ``(n,)``.
+        pairs: Names a and b of each comparison.
+        resampling: How the intervals are drawn; all comparisons use the same draws.
+
+    Returns:
+        For each pair: ``a``, ``b``, ``difference`` (RMSE of a minus RMSE of b), ``low`` and ``high``.
+    """
+    sse = {}
+    n = np.zeros(0)
+    for name, predicted in filled.items():
+        _, n, sse[name], _ = _sum_by_user(np.asarray(user_ids), ratings, predicted)
+    compared = []
+    for a, b in pairs:
+        difference, low, high = paired_difference(sse[a], sse[b], n, resampling)
+        ends = {"difference": difference, "low": low, "high": high}
+        compared.append({"a": a, "b": b} | {key: _without_nan(value) for key, value in ends.items()})
+    return compared
+
+
+def _sum_by_user(user_ids: Strings, ratings: Floats, predicted: Floats) -> tuple[Strings, Floats, Floats, Floats]:
+    """Users in order, each one's number of rows, sum of squared and sum of absolute errors."""
+    names, owners = np.unique(user_ids, return_inverse=True)
+    errors = predicted - ratings
+    n = np.bincount(owners, minlength=len(names)).astype(np.float64)
+    sse = np.bincount(owners, errors**2, minlength=len(names)).astype(np.float64)
+    sae = np.bincount(owners, np.abs(errors), minlength=len(names)).astype(np.float64)
+    return names, n, sse, sae
+
+
+def _measure_personas(personas: NDArray[Any], ratings: Floats, predicted: Floats) -> dict[str, dict[str, Any]]:
+    measured = {}
+    for persona in np.unique(personas):
+        mine = personas == persona
+        parsed = mine & np.isfinite(predicted)
+        measured[str(persona)] = {
+            "n": int(mine.sum()),
+            "n_parsed": int(parsed.sum()),
+            "rmse": rmse(ratings[parsed], predicted[parsed]),
+            "mae": mae(ratings[parsed], predicted[parsed]),
+        }
+    return measured
+
+
+def _without_nan(value: Any) -> Any:
+    """The same nested value with None in the place of every number that JSON can't hold."""
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

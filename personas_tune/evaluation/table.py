@@ -1,0 +1,142 @@
+"""The evaluation as a table for people: ``eval/table.md``, readable in a terminal as it is."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_LEAKY = "leaky (the paper's way)"
+_NONE = "-"
+_VERDICTS = {True: "better", False: "worse", None: "not told apart"}
+
+
+def write_table(metrics: Mapping[str, Any]) -> str:
+    """Write agents, baselines, floor and paired differences as Markdown.
+
+    Args:
+        metrics: What ``metrics.json`` holds. ``agents`` are what
+            :func:`~personas_tune.evaluation.metrics.measure_agent` returns plus name, base, adapters, memories and
+            readout; ``baselines`` the same plus name and, where something was chosen, tuned; ``oracle`` the same
+            for the best possible predictor, or None; ``paired`` what
+            :func:`~personas_tune.evaluation.metrics.compare_predictors` returns; ``settings`` has
+            historical_average, traits, n_users, n_rows, seed, n_resamples and confidence.
+
+    Returns:
+        Markdown, ending in a newline.
+    """
+    settings = metrics["settings"]
+    confidence = f"{100 * settings['confidence']:g}%"
+    blocks = [
+        "\n".join(_format_table(*_predictor_cells(metrics, confidence))),
+        *(["\n".join(_format_table(*_pair_cells(metrics["paired"], confidence)))] if metrics["paired"] else []),
+        "\n".join(_notes(metrics, confidence)),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _predictor_cells(metrics: Mapping[str, Any], confidence: str) -> tuple[list[str], list[list[str]]]:
+    rows = [*metrics["agents"], *metrics["baselines"], *([metrics["oracle"]] if metrics["oracle"] else [])]
+    some_unparsed = any(row["n_parsed"] < row["n"] for row in rows)
+    header = [
+        "predictor",
+        "base",
+        "adapters",
+        "memories",
+        "readout",
+        "n",
+        f"RMSE [{confidence}]",
+        f"MAE [{confidence}]",
+    ]
+    header += ["URR", *(["RMSE filled", "MAE filled"] if some_unparsed else []), "macro RMSE"]
+    return header, [_predictor_row(row, some_unparsed) for row in rows]
+
+
+def _predictor_row(row: Mapping[str, Any], some_unparsed: bool) -> list[str]:
+    origin = [str(row.get(key) or _NONE) for key in ("base", "adapters", "memories", "readout")]
+    errors = [_with_interval(row["rmse"], row["rmse_ci"]), _with_interval(row["mae"], row["mae_ci"])]
+    filled = [_number(row["rmse_filled"]), _number(row["mae_filled"])] if some_unparsed else []
+    return [
+        _title(row),
+        *origin,
+        str(row["n"]),
+        *errors,
+        f"{100 * row['urr']:.2f}%",
+        *filled,
+        _number(row["macro_rmse"]),
+    ]
+
+
+def _title(row: Mapping[str, Any]) -> str:
+    """A predictor's name; the constant baseline says which label it answers."""
+    label = row.get("tuned", {}).get("label")
+    return row["name"] if label is None else f"{row['name']} {label:g}"
+
+
+def _pair_cells(paired: Sequence[Mapping[str, Any]], confidence: str) -> tuple[list[str], list[list[str]]]:
+    header = ["agent", "against", f"RMSE difference [{confidence}]", "agent is"]
+    rows = []
+    for pair in paired:
+        ends = [pair["low"], pair["high"]]
+        rows.append([pair["a"], pair["b"], _with_interval(pair["difference"], ends, "+"), _VERDICTS[_is_better(*ends)]])
+    return header, rows
+
+
+def _is_better(low: float | None, high: float | None) -> bool | None:
+    """Whether a difference in error is below 0; None when its interval holds 0 or doesn't exist."""
+    if low is None or high is None or low <= 0 <= high:
+        return None
+    return high < 0
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return _NONE if value is None else f"{value:{sign}.3f}"
+
+
+def _with_interval(value: float | None, ends: Sequence[float | None], sign: str = "") -> str:
+    if value is None:
+        return _NONE
+    low, high = (_number(end, sign) for end in ends)
+    return f"{_number(value, sign)} [{low}, {high}]"
+
+
+def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A pipe table with columns of even width; columns that begin with a digit or sign in every row align right."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in [header, *rows]]
+    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
+    right = [column for column in range(len(header)) if all(row[column][:1] in "+-0123456789" for row in cells[1:])]
+    rule = ["-" * (width - 1) + (":" if column in right else "-") for column, width in enumerate(widths)]
+    lines = []
+    for row in [cells[0], rule, *cells[1:]]:
+        padded = [
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(f"| {' | '.join(padded)} |")
+    return lines
+
+
+def _notes(metrics: Mapping[str, Any], confidence: str) -> list[str]:
+    settings = metrics["settings"]
+    average, traits = settings["historical_average"], settings["traits"]
+    tuned = [f"{row['name']} ({_tuned(row['tuned'])})" for row in metrics["baselines"] if row.get("tuned")]
+    notes = [
+        f"{settings['n_rows']} test rows of {settings['n_users']} users, the same rows for every predictor; "
+        f"seed {settings['seed']}.",
+        f"Items' averages: historical_average: {average}{_leak(average)}; traits: {traits}{_leak(traits)}.",
+        f"[{confidence}]: percentile interval over {settings['n_resamples']} resamples of users (not rows). "
+        "Intervals are not widened for the number of comparisons.",
+        "RMSE and MAE are over all rows that have an answer; URR is the share of rows without one; "
+        "macro RMSE is the mean of the users' RMSEs.",
+    ]
+    if any(row["n_parsed"] < row["n"] for row in metrics["agents"]):
+        notes.append("Filled: all rows, with the user's train mean where there is no answer; differences use these.")
+    notes.append("Differences are RMSE of the agent minus RMSE of the other on the same rows: negative is better.")
+    if tuned:
+        notes.append(f"Baselines are fitted on train and outside rows and tuned on train rows: {'; '.join(tuned)}.")
+    return [f"- {note}" for note in notes]
+
+
+def _leak(setting: str) -> str:
+    return f", {_LEAKY}" if setting == "all" else ""
+
+
+def _tuned(tuned: Mapping[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in tuned.items())

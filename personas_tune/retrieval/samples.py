@@ -1,0 +1,147 @@
+"""Samples: interactions to predict, each with its persona and the memories it sees."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from personas_tune.embedding import load_embedder
+from personas_tune.embedding.vectors import Embedder, embed_repeated, require_same_space
+from personas_tune.errors import DataError
+from personas_tune.retrieval.index import MemoryIndex, build_index, retrieve
+from personas_tune.retrieval.texts import RetrievalTexts
+
+
+def rows_of_split(interactions: pa.Table, split: Literal["train", "test"]) -> pa.Table:
+    """The train or the test interactions, sorted by user and position."""
+    rows = interactions.filter(pc.equal(interactions["split"], split))
+    return rows.sort_by([("user_id", "ascending"), ("position", "ascending")])
+
+
+class Fittable(Protocol):
+    """An embedder before it has seen texts."""
+
+    def fit(self, texts: Sequence[str]) -> Embedder:
+        """The embedder that has learnt from ``texts``."""
+
+
+@dataclass(frozen=True, eq=False)
+class MemorySearch:
+    """An embedder and the index of the memories that it embedded."""
+
+    embedder: Embedder
+    index: MemoryIndex
+
+    def files(self) -> dict[str, bytes]:
+        """Both as files by name, the embedder's under ``embedder/``."""
+        embedder = {f"embedder/{name}": content for name, content in self.embedder.files().items()}
+        return {**self.index.files(), **embedder}
+
+    @classmethod
+    def load(cls, folder: Path) -> "MemorySearch":
+        """Read ``samples/index/`` again; it finds what it found when it was written.
+
+        Raises:
+            MissingInputError: If a file isn't there.
+            DataError: If files are damaged or don't belong together.
+        """
+        embedder, index = load_embedder(folder / "embedder"), MemoryIndex.load(folder)
+        require_same_space(index.space, embedder.space, where=str(folder))
+        return cls(embedder, index)
+
+
+def index_memories(
+    unfitted: Fittable, texts: RetrievalTexts, train: pa.Table, memories: pa.Table
+) -> MemorySearch | None:
+    """Fit the embedder on train texts and index every memory that has a known word.
+
+    Args:
+        unfitted: The embedder.
+        texts: What is embedded.
+        train: The train interactions.
+        memories: Memories of train interactions, one each.
+
+    Returns:
+        None when there are no memories to find.
+    """
+    if memories.num_rows == 0:
+        return None
+    memories = memories.sort_by([("user_id", "ascending"), ("position", "ascending")])
+    embedder = unfitted.fit(texts.to_fit(train, memories))
+    keys = embed_repeated(embedder, texts.keys(memories))
+    known = memories.filter(pa.array(keys.is_known))
+    index = build_index(known["user_id"].to_pylist(), known["position"].to_pylist(), keys.take(keys.is_known))
+    return MemorySearch(embedder, index)
+
+
+def find_memories(
+    search: MemorySearch | None,
+    texts: RetrievalTexts,
+    rows: pa.Table,
+    k: int,
+    *,
+    min_similarity: float | None = None,
+    before_target: bool = False,
+) -> list[list[int]]:
+    """The memories that each row sees, most similar first; none without a search."""
+    if search is None or rows.num_rows == 0:
+        return [[] for _ in range(rows.num_rows)]
+    return retrieve(
+        search.index,
+        rows["user_id"].to_pylist(),
+        rows["position"].to_pylist(),
+        embed_repeated(search.embedder, texts.queries(rows)),
+        k,
+        min_similarity=min_similarity,
+        before_target=before_target,
+    )
+
+
+def samples_table(rows: pa.Table, personas: pa.Table, memory_positions: Sequence[Sequence[int]]) -> pa.Table:
+    """Interactions as samples.
+
+    Args:
+        rows: Interactions, sorted by user and position.
+        personas: Rows of ``personas.parquet``.
+        memory_positions: What each interaction sees.
+
+    Raises:
+        DataError: If a user has no persona.
+    """
+    persona_of = dict(zip(personas["user_id"].to_pylist(), personas["persona"].to_pylist(), strict=True))
+    user_ids = rows["user_id"].to_pylist()
+    lacking = sorted(set(user_ids) - set(persona_of))
+    if lacking:
+        raise DataError(
+            f"no persona for {len(lacking)} of {len(set(user_ids))} users of data/interactions.parquet",
+            where=f"user {lacking[0]}",
+            remedy="give them profiles (persona_distill) and run `tune run persona_cluster --config ...` again",
+        )
+    columns = {name: rows[name] for name in ("user_id", "item_id", "position", "rating")}
+    persona = pa.array([persona_of[user_id] for user_id in user_ids], pa.int32())
+    return pa.table(
+        {**columns, "persona": persona, "memory_positions": pa.array(memory_positions, pa.list_(pa.int32()))}
+    )
+
+
+def require_train_memories(memories: pa.Table, train: pa.Table) -> None:
+    """Refuse memories of anything but train interactions: they tell a test row's rating in words.
+
+    Raises:
+        DataError: For the first memory that is foreign, or of which there are two.
+    """
+    names = ("user_id", "position", "item_id")
+    allowed = set(zip(*(train[name].to_pylist() for name in names), strict=True))
+    seen = set()
+    for row in zip(*(memories[name].to_pylist() for name in names), strict=True):
+        if row not in allowed or row in seen:
+            user_id, position, item_id = row
+            raise DataError(
+                "two memories of one interaction" if row in seen else "a memory of no train interaction",
+                where=f"memories.parquet user {user_id} position {position} item {item_id}",
+                remedy="run `tune run persona_distill --config ...` again",
+            )
+        seen.add(row)

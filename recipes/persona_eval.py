@@ -1,0 +1,180 @@
+"""Measure every agent and the baselines on the same test rows.
+
+Reads   samples/, adapters/, memory/, data/ and the base checkpoints
+Writes  eval/predictions_<agent>.parquet, eval/metrics.json, eval/table.md
+
+    tune run persona_eval --config quickstart.yaml
+    tune run persona_eval --config phi3_persona.yaml evaluation.temperature=0
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from personas_tune import config
+from personas_tune.adapters.base_model import BaseModel, checkpoint_inputs, load_base
+from personas_tune.adapters.selection import load_adapter_set
+from personas_tune.datasets import RatingDataset, RatingSource
+from personas_tune.evaluation.baselines import fit_baselines
+from personas_tune.evaluation.intervals import Resampling
+from personas_tune.evaluation.measure import Measurement, optimal_predictions, readout_values
+from personas_tune.evaluation.predict import (
+    Sampling,
+    predict_distributions,
+    predict_texts,
+    prediction_table,
+)
+from personas_tune.evaluation.table import write_table
+from personas_tune.workspace import MANIFEST, Stage, Workspace, open_stage, prompt_inputs, read_table
+
+SETTINGS = ("agents", "evaluation", "dtype", "model", "bases", "adapter_sets")
+
+
+class PersonaEvalRecipe:
+    """Predicts with every agent, fits the baselines and writes the table.
+
+    Args:
+        cfg: The experiment.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg = cfg
+        self.workspace = Workspace.at(cfg.output_dir)
+        self.source = RatingSource(self.workspace.root)
+        self.samples = self.source.samples("test")
+        self.resampling = Resampling(cfg.evaluation.n_resamples, cfg.evaluation.confidence, cfg.seed)
+        # Agents that differ in their readout only share one pass over the test rows.
+        self._distributions: dict[tuple[str | None, str | None, str], Any] = {}
+
+    def inputs(self) -> list[Any]:
+        """Every file that the evaluation depends on."""
+        files = [self.workspace.test_samples, self.workspace.interactions, self.workspace.outside]
+        files += prompt_inputs(self.workspace)
+        if self.workspace.oracle.is_file():
+            files.append(self.workspace.oracle)
+        for name in sorted({agent.adapters for agent in self.cfg.agents.values() if agent.adapters is not None}):
+            files.append(self.workspace.adapter_set(name) / MANIFEST)
+        for base in sorted({str(self._base_of(agent) or "") for agent in self.cfg.agents.values()}):
+            files += checkpoint_inputs(**config.base_sections(self.cfg, base or None))
+        return files
+
+    def predict(self, stage: Stage) -> dict[str, pa.Table]:
+        """Every agent's predictions, also written to their files; one base in memory at a time."""
+        tables = {}
+        for base_name in dict.fromkeys(self._base_of(agent) for agent in self.cfg.agents.values()):
+            base = load_base(
+                **config.base_sections(self.cfg, base_name),
+                device=self.cfg.device,
+                dtype=self.cfg.dtype,
+                compile=self.cfg.compile,
+            )
+            for name, agent in self.cfg.agents.items():
+                if self._base_of(agent) == base_name:
+                    tables[name] = self._predict_agent(name, agent, base)
+                    stage.write_table(f"predictions_{name}.parquet", tables[name])
+        return {name: tables[name] for name in self.cfg.agents}
+
+    def measure(self, predictions: Mapping[str, pa.Table]) -> dict[str, Any]:
+        """``metrics.json``: agents, baselines, floor, paired differences, settings."""
+        users = read_table(self.workspace.users)
+        measurement = Measurement(self.samples, users, self.resampling)
+        for name, table in predictions.items():
+            agent = self.cfg.agents[name]
+            described = {
+                "base": self._base_of(agent) or "default",
+                "adapters": agent.adapters,
+                "memories": self._memories_of(agent),
+                "readout": agent.readout,
+            }
+            measurement.add_agent(name, readout_values(table, agent.readout), described)
+        interactions = read_table(self.workspace.interactions)
+        baselines = fit_baselines(
+            interactions.filter(pc.field("split") == "train"),
+            read_table(self.workspace.outside),
+            read_table(self.workspace.test_samples),
+            read_table(self.workspace.items),
+            users,
+            read_table(self.workspace.train_samples),
+            labels=[float(label) for label in self.source.labels],
+            historical_average=self.cfg.data.historical_average,
+            seed=self.cfg.seed,
+        )
+        for name, baseline in baselines.items():
+            measurement.add_baseline(name, baseline)
+        if self.workspace.oracle.is_file():
+            measurement.add_floor(optimal_predictions(self.samples, read_table(self.workspace.oracle)))
+        return measurement.metrics(
+            historical_average=self.cfg.data.historical_average, traits=self.cfg.data.traits, seed=self.cfg.seed
+        )
+
+    def _predict_agent(self, name: str, agent: DictConfig, base: BaseModel) -> pa.Table:
+        dataset = RatingDataset(base.tokenizer, self.source, self.samples, self._memories_of(agent))
+        if dataset.n_shortened:
+            print(
+                f"persona_eval: {name}: {dataset.n_shortened} of {len(dataset)} prompts were shortened to fit the context"
+            )
+        assignment = self._load_adapters(agent, base)
+        key = (self._base_of(agent), agent.adapters, self._memories_of(agent))
+        limit = self.cfg.evaluation.max_tokens_per_forward
+        with tqdm(total=len(dataset), desc=f"eval {name}", unit="row") as progress:
+            if key not in self._distributions:
+                labels = self.source.labels
+                p = predict_distributions(base, dataset, assignment, labels, limit, progress.update)
+                self._distributions[key] = p
+            texts = None
+            if agent.readout == "generate":
+                progress.reset()
+                texts = predict_texts(base, dataset, assignment, self._sampling(), limit, progress.update)
+            progress.update(len(dataset) - progress.n)
+        return prediction_table(self.samples, self._distributions[key], self.source.labels, texts)
+
+    def _load_adapters(self, agent: DictConfig, base: BaseModel) -> dict[str, str] | None:
+        if agent.adapters is None:
+            return None
+        for name in base.bank.names:
+            base.bank.remove(name)
+        return load_adapter_set(base.bank, self.workspace.adapter_set(agent.adapters), agent.adapters)
+
+    def _sampling(self) -> Sampling:
+        options = self.cfg.evaluation
+        return Sampling(options.max_new_tokens, options.temperature, options.top_k, self.cfg.seed)
+
+    def _base_of(self, agent: DictConfig) -> str | None:
+        if agent.base is not None or agent.adapters is None:
+            return None if agent.base is None else str(agent.base)
+        trained_on = self.cfg.adapter_sets[agent.adapters].base
+        return None if trained_on is None else str(trained_on)
+
+    def _memories_of(self, agent: DictConfig) -> Any:
+        if agent.memories is not None:
+            return agent.memories
+        return "both" if agent.adapters is None else self.cfg.adapter_sets[agent.adapters].memories
+
+
+@config.parse
+def recipe_main(cfg: DictConfig) -> None:
+    """Predict, measure, write the table and print it."""
+    workspace = Workspace.at(cfg.output_dir)
+    recipe = PersonaEvalRecipe(cfg)
+    settings = {
+        **config.settings_of(cfg, *SETTINGS),
+        "historical_average": cfg.data.historical_average,
+        "traits": cfg.data.traits,
+    }
+    with open_stage(workspace.root / "eval", settings, recipe.inputs(), seed=cfg.seed) as stage:
+        if stage.is_current:
+            print("persona_eval: eval/ is up to date")
+        else:
+            metrics = recipe.measure(recipe.predict(stage))
+            stage.write_json("metrics.json", metrics)
+            stage.write_text("table.md", write_table(metrics))
+    print(workspace.table.read_text(encoding="utf-8"))
+    print(f"table: {workspace.table}\nmetrics: {workspace.metrics}")
+
+
+if __name__ == "__main__":
+    recipe_main()

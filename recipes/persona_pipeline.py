@@ -1,0 +1,46 @@
+"""Run an experiment's stages in their order; a stage that is up to date says so and is passed over.
+
+tune run persona_pipeline --config quickstart.yaml
+tune run persona_pipeline --config quickstart.yaml stages=[persona_prepare,persona_distill]
+"""
+
+import runpy
+import sys
+import time
+
+from omegaconf import DictConfig
+
+from personas_tune import config
+from personas_tune.errors import ConfigError
+
+STAGES = ("persona_prepare", "persona_distill", "persona_cluster", "persona_raft", "persona_lora", "persona_eval")
+
+
+def run_stage(name: str) -> int:
+    """Run a recipe as ``tune run`` does, with this process's own arguments; give its exit status."""
+    try:
+        runpy.run_module(name, run_name="__main__")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
+@config.parse
+def recipe_main(cfg: DictConfig) -> None:
+    """Run the stages; stop at the first that fails, with its exit status."""
+    stages = list(cfg.stages or STAGES)
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown:
+        raise ConfigError(f"no stage {unknown[0]!r}", where="stages", remedy=f"use some of {', '.join(STAGES)}")
+    for number, stage in enumerate(stages, start=1):
+        started = time.perf_counter()
+        print(f"[{number}/{len(stages)}] {stage}", flush=True)
+        status = run_stage(stage)
+        if status != 0:
+            print(f"persona_pipeline: {stage} failed; mend what it says and run the pipeline again", file=sys.stderr)
+            sys.exit(status)
+        print(f"[{number}/{len(stages)}] {stage}: {time.perf_counter() - started:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    recipe_main()

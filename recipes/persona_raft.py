@@ -1,0 +1,78 @@
+"""Give every interaction the memories its prompt will show: the samples to train and test on.
+
+Reads  data/interactions.parquet, data/items.parquet, memory/memories.parquet, personas/personas.parquet
+       (and memory/profiles.parquet with retrieval.query=user_and_item)
+Writes samples/train.parquet, samples/test.parquet, samples/prompt.json, samples/index/
+
+    tune run persona_raft --config quickstart.yaml retrieval.k=3
+"""
+
+from omegaconf import DictConfig
+
+from personas_tune import config
+from personas_tune.config import settings_of
+from personas_tune.embedding import make_embedder
+from personas_tune.prompts.labels import rating_labels
+from personas_tune.retrieval.samples import (
+    find_memories,
+    index_memories,
+    require_train_memories,
+    rows_of_split,
+    samples_table,
+)
+from personas_tune.retrieval.texts import ProfilesInTime, RetrievalTexts, item_texts
+from personas_tune.workspace import COLUMNS, Workspace, open_stage, read_table
+
+
+@config.parse
+def recipe_main(cfg: DictConfig) -> None:
+    """Give every interaction the memories its prompt will show: the samples to train and test on."""
+    workspace = Workspace.at(cfg.output_dir)
+    retrieval, scale = cfg.retrieval, cfg.data.rating_scale
+    settings = {
+        **settings_of(cfg, "retrieval", "prompt"),
+        "rating_scale": settings_of(cfg, "data")["data"]["rating_scale"],
+    }
+    inputs = [workspace.interactions, workspace.items, workspace.memories, workspace.personas]
+    uses_profiles = retrieval.query == "user_and_item"
+    if uses_profiles:
+        inputs.append(workspace.profiles)
+
+    with open_stage(workspace.root / "samples", settings, inputs, seed=cfg.seed) as stage:
+        if stage.is_current:
+            print(f"samples: up to date in {stage.folder}")
+            return
+        interactions = read_table(workspace.interactions, COLUMNS["interactions"])
+        memories = read_table(workspace.memories, COLUMNS["memories"])
+        personas = read_table(workspace.personas, COLUMNS["personas"])
+        items = read_table(workspace.items, COLUMNS["items"])
+        profiles = ProfilesInTime(read_table(workspace.profiles, COLUMNS["profiles"])) if uses_profiles else None
+        train = rows_of_split(interactions, "train")
+        require_train_memories(memories, train)
+
+        texts = RetrievalTexts(retrieval.query, item_texts(items), profiles, cfg.prompt.profile)
+        embedder = make_embedder(retrieval.embedder, retrieval.dim, cfg.seed)
+        search = index_memories(embedder, texts, train, memories) if retrieval.k else None
+        for split in ("train", "test"):
+            rows = rows_of_split(interactions, split)
+            found = find_memories(
+                search,
+                texts,
+                rows,
+                retrieval.k,
+                min_similarity=retrieval.min_similarity,
+                before_target=retrieval.before_target,
+            )
+            stage.write_table(f"{split}.parquet", samples_table(rows, personas, found))
+            print(f"samples: {len(found)} {split} rows, {sum(map(bool, found))} of them with memories")
+
+        prompt = {"template": cfg.prompt.template, "profile": cfg.prompt.profile}
+        stage.write_json("prompt.json", {**prompt, "labels": rating_labels(scale.min, scale.max, scale.step)})
+        if search is not None:
+            for name, content in search.files().items():
+                stage.path(f"index/{name}").write_bytes(content)
+    print(f"samples: written to {stage.folder}")
+
+
+if __name__ == "__main__":
+    recipe_main()

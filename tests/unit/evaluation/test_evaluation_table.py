@@ -1,0 +1,139 @@
+import re
+
+import pytest
+
+from personas_tune.evaluation.table import write_table
+
+
+def measured(name, rmse=1.0, n_parsed=100, **more):
+    low, high = (None, None) if rmse is None else (rmse - 0.05, rmse + 0.05)
+    errors = {"rmse": rmse, "mae": rmse, "macro_rmse": rmse, "rmse_ci": [low, high], "mae_ci": [low, high]}
+    filled = {"rmse_filled": 1.23456, "mae_filled": 0.5}
+    return {"name": name, "n": 100, "n_parsed": n_parsed, "urr": 1 - n_parsed / 100, **errors, **filled, **more}
+
+
+def agent(name, **more):
+    origin = {"base": "default", "adapters": None, "memories": "both", "readout": "expected"}
+    return measured(name, **(origin | more))
+
+
+def make_metrics(**more):
+    metrics = {
+        "agents": [agent("phi3", rmse=1.1), agent("phi3_persona", rmse=0.9, adapters="persona")],
+        "baselines": [measured("constant", tuned={"label": 4.0}), measured("user_mean", tuned={"shrinkage": 8.0})],
+        "oracle": None,
+        "paired": [
+            {"a": "phi3_persona", "b": "phi3", "difference": -0.2, "low": -0.25, "high": -0.15},
+            {"a": "phi3_persona", "b": "constant", "difference": -0.01, "low": -0.05, "high": 0.03},
+            {"a": "phi3", "b": "constant", "difference": 0.1, "low": 0.05, "high": 0.15},
+        ],
+        "settings": {
+            "historical_average": "outside",
+            "traits": "train",
+            "n_users": 12,
+            "n_rows": 100,
+            "seed": 42,
+            "n_resamples": 9999,
+            "confidence": 0.95,
+        },
+    }
+    return metrics | more
+
+
+def cells_of(table: str, name: str) -> list[list[str]]:
+    """The cells of each line whose first cell is ``name``."""
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return [row for row in rows if row[0] == name]
+
+
+def test_agents_come_first_then_baselines_then_the_floor():
+    table = write_table(make_metrics(oracle=measured("Bayes-optimal", rmse=0.7)))
+    names = [line.split("|")[1].strip() for line in table.split("\n\n")[0].splitlines()]
+    assert names == ["predictor", names[1], "phi3", "phi3_persona", "constant 4", "user_mean", "Bayes-optimal"]
+
+
+def test_an_agents_row_holds_its_origin_and_its_errors_with_intervals():
+    (row,) = cells_of(write_table(make_metrics()).split("\n\n")[0], "phi3_persona")
+    expected = ["default", "persona", "both", "expected", "100", "0.900 [0.850, 0.950]", "0.900 [0.850, 0.950]"]
+    assert row == ["phi3_persona", *expected, "0.00%", "0.900"]
+
+
+def test_baselines_leave_out_what_only_agents_have():
+    (row,) = cells_of(write_table(make_metrics()), "constant 4")
+    assert row[1:5] == ["-", "-", "-", "-"]
+
+
+def test_filled_errors_are_shown_when_an_agent_left_rows_unanswered():
+    table = write_table(make_metrics(agents=[agent("phi3", n_parsed=97, readout="generate")]))
+    assert cells_of(table, "phi3")[0][-4:] == ["3.00%", "1.235", "0.500", "1.000"]
+    assert "Filled: all rows" in table
+    assert "illed" not in write_table(make_metrics())
+
+
+def test_an_agent_that_never_answered_shows_dashes_for_its_errors():
+    row = cells_of(write_table(make_metrics(agents=[agent("phi3", rmse=None, n_parsed=0)])), "phi3")[0]
+    assert (row[6], row[7], row[-1]) == ("-", "-", "-")
+
+
+def test_differences_say_whether_the_agent_is_better():
+    rows = cells_of(write_table(make_metrics()).split("\n\n")[1], "phi3_persona")
+    assert rows == [
+        ["phi3_persona", "phi3", "-0.200 [-0.250, -0.150]", "better"],
+        ["phi3_persona", "constant", "-0.010 [-0.050, +0.030]", "not told apart"],
+    ]
+    (worse,) = cells_of(write_table(make_metrics()).split("\n\n")[1], "phi3")
+    assert worse[2:] == ["+0.100 [+0.050, +0.150]", "worse"]
+
+
+def test_a_difference_without_interval_is_not_told_apart():
+    pair = {"a": "phi3", "b": "constant", "difference": 0.1, "low": None, "high": None}
+    assert cells_of(write_table(make_metrics(paired=[pair])).split("\n\n")[1], "phi3")[0][2:] == [
+        "+0.100 [-, -]",
+        "not told apart",
+    ]
+
+
+def test_without_differences_there_is_one_table():
+    assert "against" not in write_table(make_metrics(paired=[]))
+
+
+@pytest.mark.parametrize("setting", ["historical_average", "traits"])
+def test_leaky_settings_are_named_as_such(setting):
+    metrics = make_metrics()
+    assert "leaky" not in write_table(metrics)
+    metrics["settings"][setting] = "all"
+    assert len(re.findall(r"all, leaky \(the paper's way\)", write_table(metrics))) == 1
+
+
+def test_notes_tell_rows_users_seed_intervals_and_what_was_tuned():
+    table = write_table(make_metrics())
+    for fact in (
+        "100 test rows of 12 users",
+        "seed 42",
+        "historical_average: outside",
+        "traits: train",
+        "[95%]",
+        "9999 resamples of users",
+        "user_mean (shrinkage 8)",
+    ):
+        assert fact in table
+
+
+def test_columns_are_aligned_and_numbers_stand_right():
+    for block in write_table(make_metrics()).split("\n\n")[:2]:
+        lines = block.splitlines()
+        assert len({len(line) for line in lines}) == 1
+        bars = {tuple(place for place, character in enumerate(line) if character == "|") for line in lines}
+        assert len(bars) == 1
+    assert "-: |" in lines[1]
+
+
+def test_a_bar_in_a_name_does_not_break_the_table():
+    table = write_table(make_metrics(agents=[agent("odd|name")]))
+    assert r"odd\|name" in table
+
+
+def test_no_nan_or_none_stands_in_the_table():
+    table = write_table(make_metrics(agents=[agent("phi3", rmse=None, n_parsed=0)]))
+    assert not re.search(r"\b(nan|none)\b", table, re.IGNORECASE)
