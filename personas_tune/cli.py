@@ -1,6 +1,7 @@
 """The ``personas-tune`` command: list and copy what is bundled, and say what this machine lacks."""
 
 import argparse
+import difflib
 import shutil
 import sys
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from personas_tune import __version__
-from personas_tune.config import bundled_configs, exit_status_of, find_config
+from personas_tune.config import bundled_config, bundled_configs, exit_status_of
 from personas_tune.errors import ConfigError
 
 RECIPES = {
@@ -31,22 +32,26 @@ def list_bundled() -> None:
         print(f"  {name:<{width}}  {purpose}")
     print("CONFIGS (copy one with `personas-tune cp CONFIG .`)")
     for name in bundled_configs():
-        print(f"  {name:<{width}}  {_purpose_of(find_config(name))}")
+        print(f"  {name:<{width}}  {_purpose_of(_bundled_file(name))}")
 
 
 def copy_bundled(name: str, destination: Path, *, force: bool) -> None:
     """Copy a bundled config or recipe.
 
     Raises:
-        ConfigError: If there is none of that name, or the destination exists and ``force`` isn't set.
+        ConfigError: If there is none of that name, or the destination can't be written, or exists and ``force``
+            isn't set.
     """
-    source = _recipe_file(name.removesuffix(".py")) if name.removesuffix(".py") in RECIPES else find_config(name)
+    source = _bundled_file(name)
     target = destination / source.name if destination.is_dir() else destination
     if target.exists() and not force:
         raise ConfigError("file exists", where=str(target), remedy="add --force to overwrite it")
     if not target.parent.is_dir():
         raise ConfigError("no such folder", where=str(target.parent), remedy="make it first")
-    shutil.copyfile(source, target)
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise ConfigError(f"can't be written ({error})", where=str(target), remedy="copy it elsewhere") from error
     print(f"copied to {target}")
 
 
@@ -75,6 +80,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _purpose_of(config: Path) -> str:
     first_line = config.read_text(encoding="utf-8").splitlines()[0]
     return first_line.removeprefix("#").strip()
+
+
+def _bundled_file(name: str) -> Path:
+    recipe, config = name.removesuffix(".py"), bundled_config(name)
+    if recipe in RECIPES:
+        return _recipe_file(recipe)
+    if config is not None:
+        return config
+    near = difflib.get_close_matches(name, [*RECIPES, *bundled_configs()], n=1)
+    hint = f"did you mean {near[0]}?" if near else "`personas-tune ls` lists what there is"
+    raise ConfigError("no recipe and no config of that name is bundled", where=repr(name), remedy=hint)
 
 
 def _recipe_file(name: str) -> Path:

@@ -11,14 +11,17 @@ import difflib
 import functools
 import inspect
 import os
+import re
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
@@ -26,8 +29,10 @@ from personas_tune.errors import ConfigError, PersonasTuneError, raise_together
 from personas_tune.schema import Experiment
 
 EXIT_USER_ERROR = 2
+_RANK_0_SPEAKS_WITHIN = 120  # seconds
 BUNDLED_CONFIGS = "personas_tune.configs"
 BUNDLED_BASES = "bundled://"
+MAX_NAMED = 12  # known keys in a message
 
 
 def bundled_configs() -> list[str]:
@@ -44,12 +49,20 @@ def find_config(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
+    bundled = bundled_config(name)
+    if bundled is not None:
+        return bundled
+    near = difflib.get_close_matches(name, bundled_configs(), n=1)
+    hint = f"did you mean {near[0]}?" if near else "`personas-tune ls` lists the bundled ones"
+    raise ConfigError("no such file and no bundled config of that name", where=repr(name), remedy=hint)
+
+
+def bundled_config(name: str) -> Path | None:
+    """The file of the bundled config called ``name``, with or without ``.yaml``; None if there is none."""
     for candidate in (name, f"{name}.yaml"):
         if candidate in bundled_configs():
             return Path(str(resources.files(BUNDLED_CONFIGS).joinpath(candidate)))
-    near = difflib.get_close_matches(name, bundled_configs(), n=1)
-    hint = f"did you mean {near[0]}?" if near else "`personas-tune ls` lists the bundled ones"
-    raise ConfigError("no such file and no bundled config of that name", where=name, remedy=hint)
+    return None
 
 
 def load_experiment(config: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -85,19 +98,17 @@ def check_experiment(cfg: DictConfig, where: str) -> DictConfig:
         SeveralErrors: For several.
     """
     try:
-        plain = OmegaConf.to_container(cfg, resolve=True)
+        resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(_flat(error), where=where, remedy="mend the ${...} reference") from error
+        raise _bad_reference(error, where) from error
     try:
-        experiment = Experiment.model_validate(plain)
+        experiment = Experiment.model_validate(resolved)
     except ValidationError as error:
-        raise_together([mistake for entry in error.errors() for mistake in _mistakes(entry, where)])
+        raise_together(_mistakes(error.errors(), where))
         raise
-    # Written values stay as they were written (unresolved); only missing ones are added.
-    defaults = OmegaConf.create(experiment.model_dump())
-    merged = OmegaConf.merge(defaults, cfg)
-    assert isinstance(merged, DictConfig)
-    return merged
+    checked = OmegaConf.create(_with_references(experiment.model_dump(), plain(cfg)))
+    assert isinstance(checked, DictConfig)
+    return checked
 
 
 def settings_of(cfg: DictConfig, *keys: str) -> dict[str, Any]:
@@ -150,18 +161,30 @@ def instantiate(cfg: DictConfig, key: str, *args: Any, default: str | None = Non
     """
     from torchtune import config as torchtune_config
 
-    section = cfg.get(key)
+    section, extra = cfg.get(key), kwargs
     if section is None:
-        component = OmegaConf.create({"_component_": default, **kwargs})
-        return torchtune_config.instantiate(component, *args)
-    # Only what a recipe must add (the number of steps, say) goes beside what the user wrote.
-    extra = {} if default is not None else kwargs
+        section, extra = OmegaConf.create({"_component_": default, **kwargs}), {}
+    elif default is not None:  # only what a recipe must add (the number of steps, say) goes beside what the user wrote
+        extra = {}
     try:
         return torchtune_config.instantiate(section, *args, **extra)
-    except (TypeError, ValueError, RuntimeError, ImportError) as error:
+    except Exception as error:  # whatever a component raises, its values are the user's
+        _drop_half_made(error)
         raise ConfigError(
-            f"{section._component_} failed ({_flat(error)})", where=key, remedy="check its values"
+            f"{section._component_} failed ({_flat(error) or type(error).__name__})",
+            where=key,
+            remedy="check its values",
         ) from error
+
+
+def _drop_half_made(error: Exception) -> None:
+    """Let go of the component that failed: torchtune's loggers raise again, and print it, when they go."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda unraisable: None
+    try:
+        traceback.clear_frames(error.__traceback__)
+    finally:
+        sys.unraisablehook = hook
 
 
 def refuse_resume(cfg: DictConfig) -> None:
@@ -207,15 +230,17 @@ def check_components(cfg: DictConfig, names: Sequence[str], *, optional: bool = 
                 )
             )
             continue
+        path = str(node["_component_"])
         try:
-            component = _get_component_from_path(node["_component_"])
-            given = {key: value for key, value in node.items() if key != "_component_"}
-            inspect.signature(component).bind_partial(**given)
-        except (InstantiationError, ValueError) as error:
+            signature = inspect.signature(_get_component_from_path(path))
+        except (InstantiationError, ValueError, TypeError) as error:
             mistakes.append(ConfigError(_flat(error), where=f"{name}._component_", remedy="check the dotted path"))
+            continue
+        try:
+            signature.bind_partial(**{key: value for key, value in node.items() if key != "_component_"})
         except TypeError as error:
-            known = ", ".join(inspect.signature(component).parameters)
-            mistakes.append(ConfigError(f"{node['_component_']} {error}", where=name, remedy=f"it takes {known}"))
+            known = ", ".join(signature.parameters)
+            mistakes.append(ConfigError(f"{path} {error}", where=name, remedy=f"it takes {known}"))
     raise_together(mistakes)
 
 
@@ -262,6 +287,9 @@ def _refuse_several_processes() -> None:
     """Several ranks would each do the whole job; refuse until the work is really divided."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if os.environ.get("RANK", "0") != "0":
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                # torchrun ends every rank once one has failed: let rank 0 be the first, or its line is lost.
+                time.sleep(_RANK_0_SPEAKS_WITHIN)
             sys.exit(EXIT_USER_ERROR)
         raise ConfigError(
             f"training in {os.environ['WORLD_SIZE']} processes is not built yet",
@@ -295,55 +323,117 @@ def _apply_override(cfg: DictConfig, override: str) -> DictConfig:
         key += "._component_"
     if value == "None":  # as torchtune does
         value = "null"
+    if key.endswith("max_filename"):  # so does this: the zeros that lead 00002 belong to file names
+        value = f"!!str {value}"
+    if isinstance(current, ListConfig):  # replaced by whatever is given, not merged with it
+        OmegaConf.update(cfg, key, None)
     try:
         merged = OmegaConf.merge(cfg, OmegaConf.from_dotlist([f"{key}={value}"]))
-    except (OmegaConfBaseException, YAMLError) as error:
+    except (OmegaConfBaseException, YAMLError, TypeError) as error:
         raise ConfigError(_flat(error), where=f"override {override!r}", remedy="quote the value as YAML") from error
     assert isinstance(merged, DictConfig)
     return merged
 
 
-def _mistakes(entry: Any, where: str) -> list[PersonasTuneError]:
-    """A pydantic error entry as our errors, with the nearest known key for an unknown one."""
-    location = [str(part) for part in entry["loc"]]
-    key = ".".join(location)
-    if entry["type"] == "extra_forbidden":
-        return [ConfigError(f"unknown key {key}", where=where, remedy=_nearest_key(location))]
-    message = entry["msg"].removeprefix("Value error, ")
-    if entry["type"] == "value_error" and not key:
-        return [ConfigError(line, where=where) for line in message.splitlines()]
-    if entry["type"] == "missing":
+def _with_references(checked: Any, written: Any) -> Any:
+    """Checked values, in which whatever was written as a ``${...}`` reference stands as it was written."""
+    if isinstance(checked, dict) and isinstance(written, dict):
+        return {key: _with_references(value, written.get(key)) for key, value in checked.items()}
+    if isinstance(checked, list) and isinstance(written, list):
+        return [_with_references(*pair) for pair in zip(checked, written, strict=True)]
+    return written if isinstance(written, str) and "${" in written else checked
+
+
+def _bad_reference(error: OmegaConfBaseException, where: str) -> ConfigError:
+    what, _, key = str(error).partition("full_key: ")
+    key = key.split("\n", 1)[0].strip()
+    what, remedy = _lower_first(" ".join(what.split())), "mend the ${...} reference"
+    unset = re.search(r"Environment variable '(.+)' not found", what)
+    if unset:
+        what, remedy = f"environment variable {unset[1]} is not set", f"export {unset[1]}=..."
+    elif isinstance(error, MissingMandatoryValue):
+        what, remedy = "its value ??? must be given", f"set {key}=..."
+    return ConfigError(f"{key}: {what}", where=where, remedy=remedy)
+
+
+def _mistakes(entries: Sequence[Any], where: str) -> list[PersonasTuneError]:
+    """pydantic's error entries as our errors, one a key: a union reports every one of its members."""
+    by_key: dict[str, list[Any]] = {}
+    for entry in entries:
+        key = ".".join(str(part) for part in entry["loc"] if not _is_union_tag(str(part)))
+        by_key.setdefault(key, []).append(entry)
+    return [mistake for key, group in by_key.items() for mistake in _mistakes_at(key, group, where)]
+
+
+def _mistakes_at(key: str, entries: Sequence[Any], where: str) -> list[PersonasTuneError]:
+    kind, message = entries[0]["type"], entries[0]["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        return [ConfigError(f"unknown key {key}", where=where, remedy=_nearest_key(entries[0]["loc"]))]
+    if kind == "missing":
         return [ConfigError(f"key {key} is missing", where=where, remedy=f"add {key}: ...")]
-    shown = "" if isinstance(entry["input"], dict) else f", got {entry['input']!r}"
-    # A union reports each of its members; the location's tail then is a type name, not a key.
-    location = [part for part in location if not _is_union_tag(part)]
-    return [ConfigError(f"{'.'.join(location)}: {_lower_first(message)}{shown}", where=where)]
+    if kind == "value_error":
+        return [ConfigError(f"{key}: {line}" if key else line, where=where) for line in message.splitlines()]
+    if key.endswith(".[key]") or kind == "invalid_key":
+        remedy = f"use {_should_be(entries[0])}" if kind == "literal_error" else "put it in quotes if it is a name"
+        return [ConfigError(f"unknown key {key.removesuffix('.[key]')}", where=where, remedy=remedy)]
+    given = entries[0]["input"]
+    remedy = f"it should be {' or '.join(dict.fromkeys(map(_should_be, entries)))}"
+    if kind == "dict_type" and isinstance(given, str) and "." in given:
+        remedy = f"write {key}._component_={given}"
+    return [ConfigError(f"{key} is {'null' if given is None else repr(given)[:80]}", where=where, remedy=remedy)]
+
+
+def _should_be(entry: Any) -> str:
+    if entry["type"] in ("dict_type", "model_type"):
+        return "a mapping of keys to values"
+    if entry["type"] == "string_too_short":
+        return "text"
+    return str(re.sub(r", (unable|got) .*", "", entry["msg"].removeprefix("Input should be ")))
 
 
 def _is_union_tag(part: str) -> bool:
     return part in {"int", "str", "float", "bool"} or part.startswith(("literal[", "list[", "dict["))
 
 
-def _nearest_key(location: Sequence[str]) -> str:
-    *parents, unknown = location
-    known = _known_keys(Experiment)
-    siblings = [key for key in known if key.rpartition(".")[0] == ".".join(parents)]
-    by_leaf = {key.rpartition(".")[2]: key for key in [*known, *siblings]}
-    sibling_leaves = [key.rpartition(".")[2] for key in siblings]
-    near = difflib.get_close_matches(unknown, sibling_leaves, n=1) or difflib.get_close_matches(unknown, by_leaf, n=1)
+def _nearest_key(location: Sequence[Any]) -> str:
+    *parents, unknown = map(str, location)
+    siblings = list(_section_at(parents).model_fields)
+    near = difflib.get_close_matches(unknown, siblings, n=1)
     if near:
-        return f"did you mean {'.'.join([*parents, near[0]]) if near[0] in sibling_leaves else by_leaf[near[0]]}?"
-    return f"known here: {', '.join(sibling_leaves)}" if sibling_leaves else "remove it"
+        return f"did you mean {'.'.join([*parents, near[0]])}?"
+    elsewhere: dict[str, str] = {}
+    for key in _known_keys(Experiment):
+        elsewhere.setdefault(key.rpartition(".")[2], key)
+    near = difflib.get_close_matches(unknown, elsewhere, n=1)
+    if near:
+        return f"did you mean {elsewhere[near[0]]}?"
+    return f"known here: {', '.join(siblings[:MAX_NAMED])}{', ...' if len(siblings) > MAX_NAMED else ''}"
 
 
-def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+def _section_at(parents: Sequence[str]) -> type[BaseModel]:
+    section: type[BaseModel] = Experiment
+    parts = iter(parents)
+    for part in parts:
+        annotation = section.model_fields[part].annotation
+        if get_origin(annotation) is dict:
+            next(parts)  # a name of the user's, such as that of an adapter set
+        section = _sections_in(annotation)[0]
+    return section
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
-    for name, info in model.model_fields.items():
+    for name, info in section.model_fields.items():
         keys.append(f"{prefix}{name}")
-        for candidate in (info.annotation, *get_args(info.annotation)):
-            if inspect.isclass(candidate) and issubclass(candidate, BaseModel):
-                keys += _known_keys(candidate, f"{prefix}{name}.")
+        named = "NAME." if get_origin(info.annotation) is dict else ""
+        for below in _sections_in(info.annotation):
+            keys += _known_keys(below, f"{prefix}{name}.{named}")
     return keys
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    candidates = (annotation, *get_args(annotation))
+    return [each for each in candidates if inspect.isclass(each) and issubclass(each, BaseModel)]
 
 
 def _flat(error: BaseException) -> str:

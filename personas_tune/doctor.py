@@ -3,11 +3,11 @@
 import importlib
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from omegaconf import DictConfig, OmegaConf
 from packaging.requirements import Requirement
 
 from personas_tune.config import base_sections, load_experiment
@@ -44,9 +44,11 @@ def print_findings(config: str | None) -> None:
     Raises:
         PersonasTuneError: If something that is needed is missing, after all lines are printed.
     """
-    findings = [*check_packages(), check_imports(), check_device(), check_disk(), check_key()]
-    if config is not None:
-        findings += check_experiment_inputs(config)
+    cfg = None if config is None else load_experiment(config)
+    device, distiller = (None, None) if cfg is None else (cfg.device, cfg.distill.distiller)
+    findings = [*check_packages(), check_imports(), check_device(device), check_disk(), check_key(distiller)]
+    if cfg is not None:
+        findings += check_experiment_inputs(cfg)
     for finding in findings:
         print(finding)
     n_missing = sum(not finding.good for finding in findings)
@@ -82,12 +84,20 @@ def check_imports() -> Finding:
     return Finding(True, "torch, torchao and torchtune import together")
 
 
-def check_device() -> Finding:
-    """Whether there is a GPU; without one, `device=cpu` works."""
-    torch = importlib.import_module("torch")
-    if not torch.cuda.is_available():
-        return Finding(True, "no CUDA GPU: use device=cpu dtype=fp32 and a small base")
-    return Finding(True, f"GPU {torch.cuda.get_device_name()}")
+def check_device(device: str | None = None) -> Finding:
+    """Whether there is a GPU; without one, `device=cpu` works.
+
+    Args:
+        device: What an experiment asks for; None if nothing in particular.
+    """
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError as error:
+        return Finding(False, f"torch does not import ({error})", "pip install --force-reinstall personas-tune")
+    if torch.cuda.is_available():
+        return Finding(True, f"GPU {torch.cuda.get_device_name()}")
+    good = device is None or not device.startswith("cuda")
+    return Finding(good, "no CUDA GPU: use device=cpu dtype=fp32 and a small base", "set device=cpu dtype=fp32")
 
 
 def check_disk() -> Finding:
@@ -98,31 +108,39 @@ def check_disk() -> Finding:
     )
 
 
-def check_key() -> Finding:
-    """Whether an API key is set; only distill.distiller: openai needs one."""
-    found = "OPENAI_API_KEY" in os.environ
-    return Finding(
-        True, "OPENAI_API_KEY is set" if found else "OPENAI_API_KEY is not set (only the openai distiller needs it)"
-    )
+def check_key(distiller: str | None = None) -> Finding:
+    """Whether an API key is set; only distill.distiller: openai needs one.
+
+    Args:
+        distiller: What an experiment asks for; None if nothing in particular.
+    """
+    if "OPENAI_API_KEY" in os.environ:
+        return Finding(True, "OPENAI_API_KEY is set")
+    what = "OPENAI_API_KEY is not set (only the openai distiller needs it)"
+    return Finding(distiller != "openai", what, "export OPENAI_API_KEY=..., or set distill.distiller=template")
 
 
-def check_experiment_inputs(config: str) -> list[Finding]:
-    """Whether an experiment's log and base checkpoint are there."""
-    from personas_tune.adapters.base_model import checkpoint_inputs
-
-    cfg = load_experiment(config)
+def check_experiment_inputs(cfg: DictConfig) -> list[Finding]:
+    """Whether an experiment's own files and the bases that it trains or measures are there."""
     findings = []
-    if cfg.data.format != "world":
-        path = cfg.data.path
-        good = path is not None and Path(path).exists()
-        findings.append(Finding(good, f"log {path}", "set data.path (docs/own_data.md says what it may be)"))
-    findings.append(_attempt(lambda: checkpoint_inputs(**base_sections(cfg, None)), "base checkpoint and tokenizer"))
+    for key in ("data.path", "data.item_metadata", "data.cohort.exclude", "distill.path", "distill.memories_path"):
+        path = OmegaConf.select(cfg, key)
+        if path is not None:
+            findings.append(Finding(Path(path).expanduser().exists(), f"{key} {path}", f"set {key} to what is there"))
+        elif key == "data.path" and cfg.data.format != "world":
+            findings.append(Finding(False, "data.path is not set", "set data.path (docs/own_data.md says to what)"))
+    used = [*cfg.adapter_sets.values(), *cfg.agents.values()]
+    for name in dict.fromkeys(entry.base for entry in used):
+        findings += _check_base(cfg, name)
     return findings
 
 
-def _attempt(check: Callable[[], object], what: str) -> Finding:
+def _check_base(cfg: DictConfig, name: str | None) -> list[Finding]:
+    from personas_tune.adapters.base_model import checkpoint_inputs
+
+    called = f"base {name}" if name else "base"
     try:
-        check()
+        checkpoint_inputs(**base_sections(cfg, name))
     except PersonasTuneError as error:
-        return Finding(False, f"{what}: {error.lines[0]}")
-    return Finding(True, what)
+        return [Finding(False, f"{called}: {line}") for line in error.lines]
+    return [Finding(True, f"{called}: checkpoint and tokenizer are there")]

@@ -16,7 +16,7 @@ Component = dict[str, Any]
 class Section(BaseModel):
     """A part of the YAML in which unknown keys are mistakes."""
 
-    model_config = ConfigDict(extra="forbid", strict=False)
+    model_config = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
 
 
 class RatingScale(Section):
@@ -29,10 +29,11 @@ class RatingScale(Section):
         n_steps = (self.max - self.min) / self.step
         if n_steps < 1 or abs(n_steps - round(n_steps)) > 1e-6:
             raise ValueError(
-                f"max {self.max:g} must lie a whole number of steps of {self.step:g} above min {self.min:g}"
+                f"max {self.max:g} is no whole number of steps of {self.step:g} above min {self.min:g}; "
+                "set min, max and step to the log's own scale"
             )
         if n_steps > 100:
-            raise ValueError(f"more than 101 ratings between {self.min:g} and {self.max:g}")
+            raise ValueError(f"more than 101 ratings between {self.min:g} and {self.max:g}; raise step")
         return self
 
 
@@ -46,7 +47,8 @@ class Cohort(Section):
     def _range_must_not_be_empty(self) -> "Cohort":
         if self.max_interactions is not None and self.max_interactions < self.min_interactions:
             raise ValueError(
-                f"max_interactions {self.max_interactions} is below min_interactions {self.min_interactions}"
+                f"max_interactions {self.max_interactions} is below min_interactions {self.min_interactions}; "
+                "raise it or set it to null"
             )
         return self
 
@@ -105,7 +107,7 @@ class Personas(Section):
     @model_validator(mode="after")
     def _k_must_be_positive(self) -> "Personas":
         if isinstance(self.k, int) and self.k < 1:
-            raise ValueError(f"k is {self.k}; it must be at least 1, or elbow")
+            raise ValueError(f"k is {self.k}; it should be at least 1, or elbow")
         return self
 
 
@@ -142,11 +144,11 @@ class AdapterSet(Section):
     @model_validator(mode="after")
     def _rows_and_shuffling_need_their_kind(self) -> "AdapterSet":
         if isinstance(self.rows, int) and self.rows < 1:
-            raise ValueError(f"rows is {self.rows}; it must be at least 1")
+            raise ValueError(f"rows is {self.rows}; it should be at least 1")
         if self.per == "all" and self.shuffle_personas:
-            raise ValueError("shuffle_personas needs per: persona")
+            raise ValueError("one adapter for all users has nothing to shuffle; shuffle_personas needs per: persona")
         if self.per == "persona" and self.rows is not None:
-            raise ValueError("rows needs per: all; persona adapters train on all of their rows")
+            raise ValueError("persona adapters train on all of their rows; rows needs per: all")
         return self
 
 
@@ -180,27 +182,40 @@ class BaseTraining(Section):
     checkpoint_dir: str | None = None
     corpora: list[str] = Field(default_factory=list)  # finished experiments whose test rows are learnt; empty: this one
     vocab_size: int = Field(default=1024, ge=300)
+    split_digits: bool = True  # each digit a token of its own
     embed_dim: int = Field(default=192, ge=8)
     num_layers: int = Field(default=4, ge=1)
     num_heads: int = Field(default=6, ge=1)
     num_kv_heads: int = Field(default=6, ge=1)
     intermediate_dim: int = Field(default=512, ge=8)
     max_seq_len: int = Field(default=2048, ge=64)
+    initial_sd: float | None = Field(default=None, gt=0)  # of the weights; None: sqrt(2 / (5 embed_dim))
     epochs: int = Field(default=1, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     rows_per_step: int = Field(default=64, ge=1)
     rows_per_user: int = Field(default=16, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
     warmup_steps: int = Field(default=100, ge=0)
+    prompt_loss_weight: float = Field(default=0.0, ge=0)
     validation_users: int = Field(default=20, ge=1)
     validate_every_n_steps: int | None = Field(default=None, ge=1)
     tokenizer_stride: int = Field(default=5, ge=1)  # the tokenizer is trained on every so many-th prompt
+
+    @model_validator(mode="after")
+    def _heads_must_divide(self) -> "BaseTraining":
+        if self.embed_dim % (2 * self.num_heads) or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"embed_dim {self.embed_dim}, num_heads {self.num_heads} and num_kv_heads {self.num_kv_heads} don't "
+                "fit; each head takes an even share of embed_dim, each key head an equal number of heads"
+            )
+        return self
 
 
 class Experiment(Section):
     """The whole YAML."""
 
-    output_dir: str
+    output_dir: str = Field(min_length=1)
     seed: int = Field(default=42, ge=0)
     device: str = "cpu"
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -247,16 +262,16 @@ class Experiment(Section):
         for kind, entries in (("adapter_sets", self.adapter_sets), ("agents", self.agents)):
             for name, entry in entries.items():
                 if not name.replace("_", "").replace("-", "").isalnum():
-                    problems.append(f"{kind}.{name}: names are letters, digits, '_' and '-' (they become folders)")
+                    problems.append(f"{kind}: {name!r} can't name a folder; use letters, digits, '_' and '-'")
                 if entry.base is not None and entry.base not in self.bases:
                     problems.append(
-                        f"{kind}.{name}.base: no base {entry.base!r} under bases ({', '.join(self.bases) or 'none'})"
+                        f"{kind}.{name}.base: no base {entry.base!r}; under bases: {', '.join(self.bases) or 'none'}"
                     )
         for name, agent in self.agents.items():
             if agent.adapters is not None and agent.adapters not in self.adapter_sets:
                 known = ", ".join(self.adapter_sets) or "none"
                 problems.append(
-                    f"agents.{name}.adapters: no adapter set {agent.adapters!r} under adapter_sets ({known})"
+                    f"agents.{name}.adapters: no adapter set {agent.adapters!r}; under adapter_sets: {known}"
                 )
         if problems:
             raise ValueError("\n".join(problems))

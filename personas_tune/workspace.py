@@ -11,15 +11,16 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from errno import ENOSPC, ENOTDIR
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from personas_tune import __version__
-from personas_tune.errors import ConfigError, DataError, MissingInputError
+from personas_tune.errors import ConfigError, DataError, MissingInputError, PersonasTuneError, raise_together
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -148,13 +149,18 @@ class Workspace:
 def prompt_inputs(workspace: Workspace) -> list[Path]:
     """The files that train prompts are made of."""
     return [
-        workspace.train_samples, workspace.prompt_settings, workspace.items, workspace.users,
-        workspace.profiles, workspace.memories,
+        workspace.items, workspace.users, workspace.profiles, workspace.memories,
+        workspace.prompt_settings, workspace.train_samples,
     ]  # fmt: skip
 
 
 def _recipe_that_writes(path: Path) -> str | None:
     return next((STAGE_RECIPES[folder.name] for folder in path.parents if folder.name in STAGE_RECIPES), None)
+
+
+def _remedy(path: Path) -> str:
+    recipe = _recipe_that_writes(path)
+    return f"run `tune run {recipe} --config ...` first" if recipe else "check the path"
 
 
 def read_table(path: Path, columns: Sequence[str] = ()) -> "pa.Table":
@@ -171,13 +177,12 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> "pa.Table":
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    recipe = _recipe_that_writes(path)
-    remedy = f"run `tune run {recipe} --config ...` first" if recipe else "check the path"
+    remedy = _remedy(path)
     if not path.is_file():
         raise MissingInputError("file not found", where=str(path), remedy=remedy)
     try:
         table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         first_line = str(error).splitlines()[0]
         raise DataError(f"not a readable Parquet file ({first_line})", where=str(path), remedy=remedy) from error
     missing = [name for name in columns if name not in table.column_names]
@@ -193,8 +198,7 @@ def read_json(path: Path) -> Any:
         MissingInputError: If it isn't there.
         DataError: If it isn't JSON.
     """
-    recipe = _recipe_that_writes(path)
-    remedy = f"run `tune run {recipe} --config ...` first" if recipe else "check the path"
+    remedy = _remedy(path)
     if not path.is_file():
         raise MissingInputError("file not found", where=str(path), remedy=remedy)
     try:
@@ -219,19 +223,25 @@ def sha256_of_inputs(inputs: Sequence[Path]) -> dict[str, str]:
 
     Raises:
         MissingInputError: If an input isn't there.
+        SeveralErrors: If inputs of several recipes aren't.
     """
+    raise_together(missing_inputs(inputs))
     hashes: dict[str, str] = {}
     for path in inputs:
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file())
-        elif path.is_file():
-            files = [path]
-        else:
-            recipe = _recipe_that_writes(path)
-            remedy = f"run `tune run {recipe} --config ...` first" if recipe else "check the path"
-            raise MissingInputError("file not found", where=str(path), remedy=remedy)
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
         hashes.update({str(file): sha256_of_file(file) for file in files})
     return hashes
+
+
+def missing_inputs(inputs: Sequence[Path]) -> list[PersonasTuneError]:
+    """What isn't there, a line for each recipe that has to run first: the first of its files."""
+    first_missing: dict[str | Path, Path] = {}
+    for path in inputs:
+        if not path.exists():
+            first_missing.setdefault(_recipe_that_writes(path) or path, path)
+    return [
+        MissingInputError("file not found", where=str(path), remedy=_remedy(path)) for path in first_missing.values()
+    ]
 
 
 def _fsync(path: Path) -> None:
@@ -294,16 +304,9 @@ def stage_key(settings: Mapping[str, Any], input_hashes: Mapping[str, str]) -> s
 
 def is_current(folder: Path, key: str) -> bool:
     """Whether ``folder`` holds a finished stage that was made with ``key`` and is unharmed."""
-    manifest_file = folder / MANIFEST
-    if not manifest_file.is_file():
+    outputs = _outputs_of(folder, key)
+    if outputs is None:
         return False
-    try:
-        manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return False
-    if manifest.get("key") != key:
-        return False
-    outputs: dict[str, str] = manifest.get("outputs", {})
     return all((folder / name).is_file() and sha256_of_file(folder / name) == h for name, h in outputs.items())
 
 
@@ -332,13 +335,15 @@ def open_stage(
     if stage.is_current:
         yield stage
         return
+    made = [parent for parent in staging.parents if not parent.exists()]
     try:
         staging.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(ENOTDIR, "it is a file", str(folder))
     except OSError as error:
+        _clear_away(staging, made)
         raise ConfigError(
-            f"can't write there ({error.strerror})",
-            where=str(folder.parent),
-            remedy="set output_dir to a writable folder",
+            f"can't write there ({error.strerror})", where=str(folder), remedy="set output_dir to a writable folder"
         ) from error
     try:
         yield stage
@@ -352,23 +357,44 @@ def open_stage(
             "platform": sys.platform,
         }
         _move_into_place(stage, to_json(manifest))
+    except OSError as error:
+        if error.errno != ENOSPC:
+            raise
+        raise ConfigError(
+            "no space left on the disk", where=str(folder), remedy="free some, or set output_dir elsewhere"
+        ) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _clear_away(staging, made)
 
 
-def _outputs_of(folder: Path) -> set[str]:
-    """Names of the files that the last finished run of a stage wrote."""
+def _clear_away(staging: Path, made: Sequence[Path]) -> None:
+    """Remove the staging folder, and of the folders made for it (deepest first) those that nothing was put into."""
+    shutil.rmtree(staging, ignore_errors=True)
+    _remove_empty(made)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+
+
+def _outputs_of(folder: Path, key: str | None = None) -> dict[str, str] | None:
+    """Hashes by name of what a finished run of a stage (the one with ``key``) wrote; None if there was none."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return set(manifest["outputs"])
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return set()
+        outputs = dict(manifest["outputs"])
+        return outputs if key in (None, manifest["key"]) else None
+    except (OSError, ValueError, KeyError, TypeError):  # absent or damaged
+        return None
 
 
 def _move_into_place(stage: Stage, manifest: str) -> None:
     stage.folder.mkdir(parents=True, exist_ok=True)
-    for name in _outputs_of(stage.folder) - stage._written.keys():
-        (stage.folder / name).unlink(missing_ok=True)  # a file that this stage no longer writes
+    for name in sorted((_outputs_of(stage.folder) or {}).keys() - stage._written.keys()):
+        stale = stage.folder / name  # a file that this stage no longer writes
+        stale.unlink(missing_ok=True)
+        _remove_empty(stage.folder / parent for parent in list(Path(name).parents)[:-1])
     (stage.folder / MANIFEST).unlink(missing_ok=True)
     for name, path in stage._written.items():
         _fsync(path)

@@ -96,7 +96,8 @@ def train_and_save(cfg: DictConfig, sources: Sequence[RatingSource], stage: Stag
     """Train the tokenizer, then the model, and write both."""
     options = cfg.base_training
     folder = stage.path("tokenizer.model").parent
-    tokenizer = train_tokenizer(prompt_texts(sources, options.tokenizer_stride), options.vocab_size, folder)
+    texts = prompt_texts(sources, options.tokenizer_stride)
+    tokenizer = train_tokenizer(texts, options.vocab_size, folder, split_digits=options.split_digits)
     stage.path("special_tokens.json")
     tokenizer.max_seq_len = options.max_seq_len
     chat = ChatTokenizer(tokenizer)
@@ -105,7 +106,7 @@ def train_and_save(cfg: DictConfig, sources: Sequence[RatingSource], stage: Stag
     settings = TinyBaseTraining(
         seed=cfg.seed, **{key: options[key] for key in TinyBaseTraining.__dataclass_fields__ if key != "seed"}
     )
-    model = build_tiny_base(shape, cfg.seed)
+    model = build_tiny_base(shape, cfg.seed, options.initial_sd)
     n_weights = sum(weight.numel() for weight in model.parameters())
     print(f"persona_base: {n_weights:,} weights, {len(corpus.rows):,} rows of {len(set(corpus.users)):,} users")
     started = time.perf_counter()
@@ -125,7 +126,7 @@ def train_and_save(cfg: DictConfig, sources: Sequence[RatingSource], stage: Stag
     stage.path("config.json")
     stage.path("model.safetensors")
     seconds = time.perf_counter() - started
-    print(f"persona_base: {len(corpus.rows) * options.epochs / seconds:.0f} rows/s; wrote {stage.folder}")
+    print(f"persona_base: trained in {seconds:.0f} s; wrote {stage.folder}")
 
 
 @config.parse

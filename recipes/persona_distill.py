@@ -13,6 +13,7 @@ from personas_tune.errors import ConfigError
 from personas_tune.memory.imported import distill_from_files, find_file
 from personas_tune.memory.taste import Scale
 from personas_tune.memory.template import distill_by_template
+from personas_tune.prompts.templates import find_template
 from personas_tune.workspace import COLUMNS, Workspace, open_stage, read_table
 
 
@@ -20,6 +21,7 @@ from personas_tune.workspace import COLUMNS, Workspace, open_stage, read_table
 def recipe_main(cfg: DictConfig) -> None:
     """Write a profile of each user and a memory of each train interaction."""
     distill, workspace = cfg.distill, Workspace.at(cfg.output_dir)
+    find_template(cfg.prompt.template)
     profiles_path = memories_path = None
     if distill.distiller == "openai":
         raise ConfigError(

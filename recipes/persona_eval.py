@@ -16,9 +16,10 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from personas_tune import config
-from personas_tune.adapters.base_model import BaseModel, checkpoint_inputs, load_base
+from personas_tune.adapters.base_model import BaseModel, checkpoint_inputs, load_base, missing_base_files
 from personas_tune.adapters.selection import load_adapter_set
 from personas_tune.datasets import RatingDataset, RatingSource
+from personas_tune.errors import raise_together
 from personas_tune.evaluation.baselines import fit_baselines
 from personas_tune.evaluation.intervals import Resampling
 from personas_tune.evaluation.measure import Measurement, optimal_predictions, readout_values
@@ -29,9 +30,18 @@ from personas_tune.evaluation.predict import (
     prediction_table,
 )
 from personas_tune.evaluation.table import write_table
-from personas_tune.workspace import MANIFEST, Stage, Workspace, open_stage, prompt_inputs, read_table
+from personas_tune.workspace import (
+    COLUMNS,
+    MANIFEST,
+    Stage,
+    Workspace,
+    missing_inputs,
+    open_stage,
+    prompt_inputs,
+    read_table,
+)
 
-SETTINGS = ("agents", "evaluation", "dtype", "model", "bases", "adapter_sets")
+SETTINGS = ("agents", "evaluation", "dtype", "model", "tokenizer", "bases", "adapter_sets")
 
 
 class PersonaEvalRecipe:
@@ -44,44 +54,45 @@ class PersonaEvalRecipe:
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
         self.workspace = Workspace.at(cfg.output_dir)
+        self.inputs = self._find_inputs()
         self.source = RatingSource(self.workspace.root)
         self.samples = self.source.samples("test")
         self.resampling = Resampling(cfg.evaluation.n_resamples, cfg.evaluation.confidence, cfg.seed)
         # Agents that differ in their readout only share one pass over the test rows.
         self._distributions: dict[tuple[str | None, str | None, str], Any] = {}
 
-    def inputs(self) -> list[Any]:
-        """Every file that the evaluation depends on."""
-        files = [self.workspace.test_samples, self.workspace.interactions, self.workspace.outside]
-        files += prompt_inputs(self.workspace)
-        if self.workspace.oracle.is_file():
-            files.append(self.workspace.oracle)
-        for name in sorted({agent.adapters for agent in self.cfg.agents.values() if agent.adapters is not None}):
-            files.append(self.workspace.adapter_set(name) / MANIFEST)
-        for base in sorted({str(self._base_of(agent) or "") for agent in self.cfg.agents.values()}):
-            files += checkpoint_inputs(**config.base_sections(self.cfg, base or None))
-        return files
-
     def predict(self, stage: Stage) -> dict[str, pa.Table]:
         """Every agent's predictions, also written to their files; one base in memory at a time."""
         tables = {}
         for base_name in dict.fromkeys(self._base_of(agent) for agent in self.cfg.agents.values()):
-            base = load_base(
-                **config.base_sections(self.cfg, base_name),
-                device=self.cfg.device,
-                dtype=self.cfg.dtype,
-                compile=self.cfg.compile,
-            )
-            for name, agent in self.cfg.agents.items():
-                if self._base_of(agent) == base_name:
-                    tables[name] = self._predict_agent(name, agent, base)
-                    stage.write_table(f"predictions_{name}.parquet", tables[name])
+            tables.update(self._predict_agents_on(base_name, stage))
         return {name: tables[name] for name in self.cfg.agents}
 
-    def measure(self, predictions: Mapping[str, pa.Table]) -> dict[str, Any]:
-        """``metrics.json``: agents, baselines, floor, paired differences, settings."""
-        users = read_table(self.workspace.users)
+    def measure_baselines(self) -> Measurement:
+        """The baselines and, for a world, the floor; reads every table that measuring needs."""
+        users = read_table(self.workspace.users, COLUMNS["users"])
+        interactions = read_table(self.workspace.interactions, COLUMNS["interactions"])
         measurement = Measurement(self.samples, users, self.resampling)
+        baselines = fit_baselines(
+            interactions.filter(pc.field("split") == "train"),
+            read_table(self.workspace.outside, ("user_id", "item_id", "rating")),
+            read_table(self.workspace.test_samples, COLUMNS["samples"]),
+            read_table(self.workspace.items, COLUMNS["items"]),
+            users,
+            read_table(self.workspace.train_samples, COLUMNS["samples"]),
+            labels=[float(label) for label in self.source.labels],
+            historical_average=self.cfg.data.historical_average,
+            seed=self.cfg.seed,
+        )
+        for name, baseline in baselines.items():
+            measurement.add_baseline(name, baseline)
+        if self.workspace.oracle.is_file():
+            oracle = read_table(self.workspace.oracle, ("user_id", "item_id", "optimal"))
+            measurement.add_floor(optimal_predictions(self.samples, oracle))
+        return measurement
+
+    def measure_agents(self, measurement: Measurement, predictions: Mapping[str, pa.Table]) -> dict[str, Any]:
+        """``metrics.json``: agents, baselines, floor, paired differences, settings."""
         for name, table in predictions.items():
             agent = self.cfg.agents[name]
             described = {
@@ -91,32 +102,41 @@ class PersonaEvalRecipe:
                 "readout": agent.readout,
             }
             measurement.add_agent(name, readout_values(table, agent.readout), described)
-        interactions = read_table(self.workspace.interactions)
-        baselines = fit_baselines(
-            interactions.filter(pc.field("split") == "train"),
-            read_table(self.workspace.outside),
-            read_table(self.workspace.test_samples),
-            read_table(self.workspace.items),
-            users,
-            read_table(self.workspace.train_samples),
-            labels=[float(label) for label in self.source.labels],
-            historical_average=self.cfg.data.historical_average,
-            seed=self.cfg.seed,
-        )
-        for name, baseline in baselines.items():
-            measurement.add_baseline(name, baseline)
-        if self.workspace.oracle.is_file():
-            measurement.add_floor(optimal_predictions(self.samples, read_table(self.workspace.oracle)))
         return measurement.metrics(
             historical_average=self.cfg.data.historical_average, traits=self.cfg.data.traits, seed=self.cfg.seed
         )
 
+    def _find_inputs(self) -> list[Any]:
+        """Every file that the evaluation depends on; names all that is missing at once."""
+        files = [*prompt_inputs(self.workspace), self.workspace.test_samples]
+        files += [self.workspace.interactions, self.workspace.outside]
+        if self.workspace.oracle.is_file():
+            files.append(self.workspace.oracle)
+        for name in sorted({agent.adapters for agent in self.cfg.agents.values() if agent.adapters is not None}):
+            files.append(self.workspace.adapter_set(name) / MANIFEST)
+        names = dict.fromkeys(self._base_of(agent) for agent in self.cfg.agents.values())
+        bases = [config.base_sections(self.cfg, name) for name in names]
+        missing = [error for base in bases for error in missing_base_files(**base)]
+        raise_together([*missing_inputs(files), *missing])
+        return [*files, *(file for base in bases for file in checkpoint_inputs(**base))]
+
+    def _predict_agents_on(self, base_name: str | None, stage: Stage) -> dict[str, pa.Table]:
+        """The agents of one base, which is let go of on return, before the next one is loaded."""
+        base = load_base(**config.base_sections(self.cfg, base_name), device=self.cfg.device, dtype=self.cfg.dtype)
+        agents = {name: agent for name, agent in self.cfg.agents.items() if self._base_of(agent) == base_name}
+        for agent in {agent.adapters: agent for agent in agents.values()}.values():
+            self._load_adapters(agent, base)  # what is damaged or doesn't fit is told before hours of predicting
+        tables = {}
+        for name, agent in agents.items():
+            tables[name] = self._predict_agent(name, agent, base)
+            stage.write_table(f"predictions_{name}.parquet", tables[name])
+        return tables
+
     def _predict_agent(self, name: str, agent: DictConfig, base: BaseModel) -> pa.Table:
         dataset = RatingDataset(base.tokenizer, self.source, self.samples, self._memories_of(agent))
         if dataset.n_shortened:
-            print(
-                f"persona_eval: {name}: {dataset.n_shortened} of {len(dataset)} prompts were shortened to fit the context"
-            )
+            n_shortened = f"{dataset.n_shortened} of {len(dataset)}"
+            print(f"persona_eval: {name}: {n_shortened} prompts were shortened to fit the context")
         assignment = self._load_adapters(agent, base)
         key = (self._base_of(agent), agent.adapters, self._memories_of(agent))
         limit = self.cfg.evaluation.max_tokens_per_forward
@@ -137,7 +157,8 @@ class PersonaEvalRecipe:
             return None
         for name in base.bank.names:
             base.bank.remove(name)
-        return load_adapter_set(base.bank, self.workspace.adapter_set(agent.adapters), agent.adapters)
+        folder = self.workspace.adapter_set(agent.adapters)
+        return load_adapter_set(base.bank, folder, agent.adapters, {sample.user_id for sample in self.samples})
 
     def _sampling(self) -> Sampling:
         options = self.cfg.evaluation
@@ -165,11 +186,12 @@ def recipe_main(cfg: DictConfig) -> None:
         "historical_average": cfg.data.historical_average,
         "traits": cfg.data.traits,
     }
-    with open_stage(workspace.root / "eval", settings, recipe.inputs(), seed=cfg.seed) as stage:
+    with open_stage(workspace.root / "eval", settings, recipe.inputs, seed=cfg.seed) as stage:
         if stage.is_current:
             print("persona_eval: eval/ is up to date")
         else:
-            metrics = recipe.measure(recipe.predict(stage))
+            measurement = recipe.measure_baselines()  # takes seconds: a bad table is told before hours of predicting
+            metrics = recipe.measure_agents(measurement, recipe.predict(stage))
             stage.write_json("metrics.json", metrics)
             stage.write_text("table.md", write_table(metrics))
     print(workspace.table.read_text(encoding="utf-8"))

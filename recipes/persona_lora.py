@@ -15,18 +15,24 @@ from typing import Any
 import pyarrow as pa
 import torch
 from omegaconf import DictConfig
-from torchtune import config as torchtune_config
 from torchtune import training
 from tqdm import tqdm
 
 from personas_tune import config
-from personas_tune.adapters.base_model import BaseModel, checkpoint_inputs, load_base
+from personas_tune.adapters.base_model import (
+    TOKENIZER_FILES,
+    BaseModel,
+    checkpoint_inputs,
+    load_base,
+    missing_base_files,
+)
 from personas_tune.adapters.files import lora_shape, save_adapter
 from personas_tune.datasets import RatingDataset, RatingSource
+from personas_tune.errors import raise_together
 from personas_tune.schema import MemoriesSeen
-from personas_tune.training.fit import AdapterJob, StepReport, TrainingSettings, train_bank
+from personas_tune.training.fit import AdapterJob, StepReport, TrainingSettings, require_token_loss, train_bank
 from personas_tune.training.sets import AdapterPlan, plan_adapter_set
-from personas_tune.workspace import Stage, Workspace, open_stage, prompt_inputs
+from personas_tune.workspace import Stage, Workspace, missing_inputs, open_stage, prompt_inputs
 
 COMPONENTS = ("optimizer", "lr_scheduler", "loss")
 TRAINING_KEYS = (
@@ -45,6 +51,7 @@ class PersonaLoraRecipe:
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
         self.workspace = Workspace.at(cfg.output_dir)
+        self._require_inputs()
         self.source = RatingSource(self.workspace.root)
         self.samples = self.source.samples("train")
         self.settings = TrainingSettings(
@@ -54,11 +61,19 @@ class PersonaLoraRecipe:
             rows_per_user=cfg.rows_per_user,
             max_steps_per_epoch=cfg.max_steps_per_epoch,
             clip_grad_norm=cfg.clip_grad_norm,
-            share_prefixes=cfg.training.prefix_sharing == "auto" and not cfg.enable_activation_checkpointing,
+            share_prefixes=cfg.training.prefix_sharing == "auto"
+            and not (cfg.enable_activation_checkpointing or cfg.compile),
             seed=cfg.seed,
         )
         self._bases: dict[str | None, BaseModel] = {}
         self._datasets: dict[tuple[str | None, str], RatingDataset] = {}
+
+    def _require_inputs(self) -> None:
+        """Name all that is missing at once: stages to run, checkpoints to get."""
+        missing = missing_inputs(prompt_inputs(self.workspace))
+        for base in dict.fromkeys(adapter_set.base for adapter_set in self.cfg.adapter_sets.values()):
+            missing += missing_base_files(**config.base_sections(self.cfg, base))
+        raise_together(missing)
 
     def train_set(self, name: str) -> None:
         """Train one adapter set, or say that it is up to date."""
@@ -66,8 +81,9 @@ class PersonaLoraRecipe:
         base = config.base_sections(self.cfg, adapter_set.base)
         settings = {
             **config.settings_of(self.cfg, *TRAINING_KEYS),
+            **self._settings_of_base(adapter_set.base),
             "adapter_set": config.plain(adapter_set),
-            "model": config.plain(base["model"]),
+            "share_prefixes": self.settings.share_prefixes,
         }
         inputs = [*prompt_inputs(self.workspace), *checkpoint_inputs(**base)]
         with open_stage(self.workspace.adapter_set(name), settings, inputs, seed=self.cfg.seed) as stage:
@@ -87,12 +103,23 @@ class PersonaLoraRecipe:
                 "assignment.parquet", pa.table({"user_id": list(assignment), "adapter": list(assignment.values())})
             )
 
+    def _settings_of_base(self, name: str | None) -> dict[str, Any]:
+        """What of a base's sections decides the adapters besides its files, which count by their bytes."""
+        sections = self.cfg if name is None else self.cfg.bases[name]
+        tokenizer = config.plain(sections.tokenizer)
+        return {
+            "model": config.plain(sections.model),
+            "tokenizer": {key: value for key, value in tokenizer.items() if key not in TOKENIZER_FILES},
+            "model_type": config.plain(sections.checkpointer).get("model_type"),
+        }
+
     def _train_plans(self, set_name: str, plans: Sequence[AdapterPlan], stage: Stage) -> None:
         adapter_set = self.cfg.adapter_sets[set_name]
         base = self._base(adapter_set.base)
         dataset = self._dataset(adapter_set.base, adapter_set.memories)
         jobs = [self._job(base, dataset, set_name, plan) for plan in plans]
         loss_fn = config.instantiate(self.cfg, "loss", default="torch.nn.CrossEntropyLoss")
+        require_token_loss(loss_fn)
         logger = config.instantiate(
             self.cfg,
             "metric_logger",
@@ -100,6 +127,7 @@ class PersonaLoraRecipe:
             log_dir=str(self.workspace.root / "logs"),
         )
         logger.log_config(config.without_secrets(self.cfg))
+        rows: Counter[str] = Counter()
         seconds: Counter[str] = Counter()
         n_steps = sum(self.settings.steps_per_epoch(len(job.rows)) for job in jobs) * self.settings.epochs
         with tqdm(total=n_steps, desc=f"train {set_name}", unit="step") as progress, self._profiler() as profiler:
@@ -108,6 +136,7 @@ class PersonaLoraRecipe:
             def on_step(report: StepReport) -> None:
                 nonlocal started
                 now = time.perf_counter()
+                rows[report.adapter] += report.n_rows
                 seconds[report.adapter] += now - started  # type: ignore[assignment]
                 self._log(logger, report, progress.n + 1, report.n_rows / (now - started))
                 started = now
@@ -116,16 +145,18 @@ class PersonaLoraRecipe:
                 profiler.step()
 
             def on_epoch(job: AdapterJob, epoch: int) -> None:
+                nonlocal started
                 if job.validation_losses:
                     logger.log(f"validation_loss/{job.name}", job.validation_losses[-1], step=progress.n)
                     progress.write(f"{job.name} epoch {epoch + 1}: validation loss {job.validation_losses[-1]:.4f}")
+                started = time.perf_counter()  # validating is no adapter's training time
 
             train_bank(base.model, base.bank, jobs, loss_fn, self.settings, base.tokenizer.pad_id, on_step, on_epoch)
         logger.close()
         for job in jobs:
             self._save(base, job, stage)
             base.bank.remove(job.name)
-        self._report(set_name, jobs, seconds)
+        self._report(set_name, rows, seconds)
 
     def _job(self, base: BaseModel, dataset: RatingDataset, set_name: str, plan: AdapterPlan) -> AdapterJob:
         name = f"{set_name}/{plan.adapter}"
@@ -174,7 +205,7 @@ class PersonaLoraRecipe:
     def _profiler(self) -> Any:
         if self.cfg.profiler is None:
             return training.DummyProfiler()
-        profiler, _ = torchtune_config.instantiate(self.cfg.profiler)
+        profiler, _ = config.instantiate(self.cfg, "profiler")
         return profiler
 
     def _log(self, logger: Any, report: StepReport, step: int, rows_per_second: float) -> None:
@@ -211,18 +242,16 @@ class PersonaLoraRecipe:
             },
         )
 
-    def _report(self, set_name: str, jobs: Sequence[AdapterJob], seconds: Counter[str]) -> None:
-        total = sum(seconds.values())
-        rows = sum(len(job.rows) for job in jobs) * self.settings.epochs
-        each = ", ".join(f"{job.name.rpartition('/')[2]} {seconds[job.name]:.1f} s" for job in jobs)
-        print(f"persona_lora: adapters/{set_name}: {rows / max(total, 1e-9):.1f} rows/s; {each}")
+    def _report(self, set_name: str, rows: Counter[str], seconds: Counter[str]) -> None:
+        each = ", ".join(f"{adapter.rpartition('/')[2]} {spent:.1f} s" for adapter, spent in seconds.items())
+        print(f"persona_lora: adapters/{set_name}: {rows.total() / seconds.total():.1f} rows/s; {each}")
 
 
 @config.parse
 def recipe_main(cfg: DictConfig) -> None:
     """Train the adapters of every entry of ``adapter_sets``."""
     config.refuse_resume(cfg)
-    config.check_components(cfg, ["optimizer", "lr_scheduler", "loss", "metric_logger"], optional=True)
+    config.check_components(cfg, ["optimizer", "lr_scheduler", "loss", "metric_logger", "profiler"], optional=True)
     recipe = PersonaLoraRecipe(cfg)
     for name in cfg.adapter_sets:
         recipe.train_set(name)

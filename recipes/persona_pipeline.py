@@ -7,11 +7,13 @@ tune run persona_pipeline --config quickstart.yaml stages=[persona_prepare,perso
 import runpy
 import sys
 import time
+from pathlib import Path
 
 from omegaconf import DictConfig
 
 from personas_tune import config
 from personas_tune.errors import ConfigError
+from personas_tune.workspace import MANIFEST
 
 STAGES = ("persona_prepare", "persona_distill", "persona_cluster", "persona_raft", "persona_lora", "persona_eval")
 
@@ -23,6 +25,20 @@ def run_stage(name: str) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
+
+
+def print_artefacts(cfg: DictConfig) -> None:
+    """Print every finished folder of the experiment and what to try next."""
+    root = Path(cfg.output_dir)
+    print("\nWhat is where:")
+    for manifest in sorted(root.rglob(MANIFEST)):
+        files = ", ".join(sorted(file.name for file in manifest.parent.iterdir() if file.name != MANIFEST))
+        print(f"  {manifest.parent}: {files}")
+    if cfg.personas.k == "elbow":
+        return
+    config_name = sys.argv[sys.argv.index("--config") + 1] if "--config" in sys.argv else "CONFIG"
+    k = cfg.personas.k + 2
+    print(f"\nNext, try: tune run persona_pipeline --config {config_name} personas.k={k} output_dir={root}_k{k}")
 
 
 @config.parse
@@ -40,6 +56,7 @@ def recipe_main(cfg: DictConfig) -> None:
             print(f"persona_pipeline: {stage} failed; mend what it says and run the pipeline again", file=sys.stderr)
             sys.exit(status)
         print(f"[{number}/{len(stages)}] {stage}: {time.perf_counter() - started:.1f} s", flush=True)
+    print_artefacts(cfg)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from personas_tune import config
 from personas_tune.config import settings_of
 from personas_tune.embedding import make_embedder
 from personas_tune.prompts.labels import rating_labels
+from personas_tune.prompts.templates import find_template
 from personas_tune.retrieval.samples import (
     find_memories,
     index_memories,
@@ -28,6 +29,7 @@ from personas_tune.workspace import COLUMNS, Workspace, open_stage, read_table
 def recipe_main(cfg: DictConfig) -> None:
     """Give every interaction the memories its prompt will show: the samples to train and test on."""
     workspace = Workspace.at(cfg.output_dir)
+    find_template(cfg.prompt.template)
     retrieval, scale = cfg.retrieval, cfg.data.rating_scale
     settings = {
         **settings_of(cfg, "retrieval", "prompt"),

@@ -145,7 +145,9 @@ class AdapterBank:
             _set_rng_state(self._device, outer)
 
     def take_gradients(self, scale: float) -> None:
-        """Move the working copy's gradients, times ``scale``, to the masters of the adapter in use.
+        """Add the working copy's gradients, times ``scale``, to the masters of the adapter in use.
+
+        Called after every backward pass, it sums a step's gradients in fp32: in bf16 a sum of many loses digits.
 
         Raises:
             AdapterError: If no adapter is in use.
@@ -154,7 +156,9 @@ class AdapterBank:
             raise AdapterError("no adapter is in use", remedy="call it inside `with bank.use(name)`")
         for key, master in self._adapters[self._in_use].masters.items():
             gradient = self._working[key].grad
-            master.grad = None if gradient is None else gradient.to(master.dtype) * scale
+            if gradient is not None:
+                scaled = gradient.to(master.dtype) * scale
+                master.grad = scaled if master.grad is None else master.grad.add_(scaled)
             self._working[key].grad = None
 
     @property

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torchtune import config as torchtune_config
 from torchtune import training
+from torchtune.modules import MultiHeadAttention
 
 from personas_tune.adapters.bank import AdapterBank
 from personas_tune.datasets.tokens import ChatTokenizer
@@ -26,6 +28,9 @@ HUB_NAMES = {
     "llama3_2_3b": "meta-llama/Llama-3.2-3B-Instruct",
     "qwen2_5_0_5b": "Qwen/Qwen2.5-0.5B-Instruct",
 }
+
+# What of a torchtune tokenizer's arguments names a file.
+TOKENIZER_FILES = ("path", "special_tokens_path", "merges_file")
 
 
 @dataclass(frozen=True)
@@ -90,12 +95,13 @@ def load_base(
 
         training.set_activation_checkpointing(network, auto_wrap_policy={TransformerSelfAttentionLayer})
     _load_weights(network, checkpointer)
+    chat = _load_tokenizer(tokenizer, network)
     if compile:
         training.compile_model(network, verbose=False)
     return BaseModel(
         model=network,
         bank=bank,
-        tokenizer=ChatTokenizer(_instantiate(tokenizer, "tokenizer")),
+        tokenizer=chat,
         model_type=str(checkpointer.get("model_type", "")),
         checkpoint_dir=Path(checkpointer["checkpoint_dir"]),
     )
@@ -105,13 +111,17 @@ def missing_base_files(
     model: Mapping[str, Any], tokenizer: Mapping[str, Any], checkpointer: Mapping[str, Any]
 ) -> list[PersonasTuneError]:
     """What of a base's files isn't there, each with the command that gets it."""
-    folder = Path(checkpointer["checkpoint_dir"])
+    folder = _checkpoint_dir(checkpointer)
     command = download_command(str(model.get("_component_", "")), folder)
-    files = _base_files(tokenizer, checkpointer)
     remedy = f"get it with `{command}`, or set checkpointer.checkpoint_dir and tokenizer.path to your copy"
-    if not folder.is_dir() and str(files[-1]).startswith(str(folder)):
-        return [MissingInputError("checkpoint folder not found", where=str(folder), remedy=remedy)]
-    return [MissingInputError("file not found", where=str(file), remedy=remedy) for file in files if not file.is_file()]
+    missing = [file for file in _base_files(tokenizer, checkpointer) if not file.is_file()]
+    if folder.is_dir():
+        return [MissingInputError("file not found", where=str(file), remedy=remedy) for file in missing]
+    elsewhere = [file for file in missing if folder not in file.parents]
+    return [
+        MissingInputError("checkpoint folder not found", where=str(folder), remedy=remedy),
+        *(MissingInputError("file not found", where=str(file), remedy=remedy) for file in elsewhere),
+    ]
 
 
 def checkpoint_inputs(
@@ -135,28 +145,45 @@ def download_command(component: str, folder: Path) -> str:
 
 
 def _base_files(tokenizer: Mapping[str, Any], checkpointer: Mapping[str, Any]) -> list[Path]:
-    folder = Path(checkpointer["checkpoint_dir"])
-    files = [folder / "config.json", *(folder / name for name in _checkpoint_files(checkpointer))]
-    return [*files, Path(tokenizer["path"])] if "path" in tokenizer else files
+    names = _checkpoint_files(checkpointer)
+    if "HF" in str(checkpointer.get("_component_")):  # the other formats have no config.json
+        names = ["config.json", *names]
+    texts = [tokenizer[key] for key in TOKENIZER_FILES if tokenizer.get(key) is not None]
+    return [*(_checkpoint_dir(checkpointer) / name for name in names), *(Path(str(text)) for text in texts)]
+
+
+def _checkpoint_dir(checkpointer: Mapping[str, Any]) -> Path:
+    folder = checkpointer.get("checkpoint_dir")
+    if not isinstance(folder, str):
+        raise ConfigError(
+            f"checkpoint_dir is {folder!r}", where="checkpointer", remedy="set it to the folder of the base's weights"
+        )
+    return Path(folder)
 
 
 def _checkpoint_files(checkpointer: Mapping[str, Any]) -> list[str]:
     files = checkpointer.get("checkpoint_files", [])
-    if isinstance(files, Mapping):  # torchtune's form for many shards: a pattern and the last number
-        try:
-            pattern, last = str(files["filename_format"]), str(files["max_filename"])
-        except KeyError as error:
-            raise ConfigError(f"key {error} is missing", where="checkpointer.checkpoint_files") from error
+    if files is None or isinstance(files, list):
+        return [str(name) for name in files or []]
+    try:  # torchtune's form for many shards: a pattern and the last number
+        pattern, last = str(files["filename_format"]), str(files["max_filename"])
         return [pattern.format(str(i + 1).zfill(len(last)), last) for i in range(int(last))]
-    return [str(name) for name in files]
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        raise ConfigError(
+            f"neither a list of files nor a pattern with its last number ({_reason(error)})",
+            where="checkpointer.checkpoint_files",
+            remedy="write [model.safetensors], or {filename_format: model-{}-of-{}.safetensors, max_filename: '00002'}",
+        ) from error
 
 
 def _instantiate(component: Mapping[str, Any], where: str) -> Any:
     try:
         return torchtune_config.instantiate(OmegaConf.create(dict(component)))
-    except (TypeError, ValueError, AssertionError, RuntimeError, OSError, KeyError) as error:
+    except Exception as error:  # whatever a component raises, its values are the user's
         raise ConfigError(
-            f"{component.get('_component_')} failed ({_flat(error)})", where=where, remedy="check this section's values"
+            f"{component.get('_component_')} failed ({_reason(error)})",
+            where=where,
+            remedy="check this section's values",
         ) from error
 
 
@@ -165,40 +192,87 @@ def _find_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"unknown device {name!r}", where="device", remedy="use cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} has not been tried", where="device", remedy="use cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("no CUDA device on this machine", where="device", remedy="set device=cpu dtype=fp32")
     return device
 
 
 def _load_weights(network: nn.Module, checkpointer: Mapping[str, Any]) -> None:
-    folder = str(checkpointer["checkpoint_dir"])
-    arguments = dict(checkpointer)
-    signature = inspect.signature(_component_of(arguments))
-    if "output_dir" in signature.parameters:
-        arguments.setdefault("output_dir", str(Path(folder).parent))
-    try:
-        weights: dict[str, Tensor] = _instantiate(arguments, "checkpointer").load_checkpoint()[training.MODEL_KEY]
-    except (ValueError, KeyError, RuntimeError, OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"checkpoint can't be read ({_flat(error)})", where=folder, remedy="download or make it again"
-        ) from error
+    folder = _checkpoint_dir(checkpointer)
+    weights = _read_weights(checkpointer, folder)
     try:
         missing, unexpected = network.load_state_dict(weights, strict=False)
     except RuntimeError as error:
-        mismatch = _flat(error).split("size mismatch for ")[-1]
-        raise CheckpointError(
-            f"checkpoint does not fit the model ({mismatch})",
-            where=folder,
-            remedy="match the model section to config.json",
-        ) from error
+        raise _misfit(folder, _flat(error).split("size mismatch for ")[-1]) from error
     missing = [key for key in missing if "lora" not in key and "magnitude" not in key]
     if missing or unexpected:
-        lacking = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which the model has not"
+        lack = f"it lacks {missing[0]}" if missing else f"it has {unexpected[0]}, which the model has not"
+        raise _misfit(folder, lack)
+    _check_heads(network, folder)
+
+
+def _read_weights(checkpointer: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
+    arguments = dict(checkpointer)
+    with TemporaryDirectory() as scratch:  # checkpointers make their output_dir, into which we don't write
+        if "output_dir" in inspect.signature(_component_of(arguments)).parameters:
+            arguments["output_dir"] = scratch
+        reader = _instantiate(arguments, "checkpointer")
+        try:
+            weights: dict[str, Tensor] = reader.load_checkpoint()[training.MODEL_KEY]
+        except Exception as error:  # torchtune raises plain Exception for another architecture's names
+            cause = f": {_reason(error.__cause__)}" if error.__cause__ else ""
+            raise CheckpointError(
+                f"checkpoint can't be read ({_reason(error)}{cause})",
+                where=str(folder),
+                remedy="download or make it again, and check checkpointer.model_type",
+            ) from error
+    return weights
+
+
+def _check_heads(network: nn.Module, folder: Path) -> None:
+    """Heads of another size fit the same weights, and compute something else."""
+    attention = next((module for module in network.modules() if isinstance(module, MultiHeadAttention)), None)
+    try:
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("num_attention_heads")
+    except (OSError, ValueError, AttributeError):  # other formats than Hugging Face's have none
+        return
+    if attention is not None and described is not None and described != attention.num_heads:
+        raise _misfit(folder, f"num_attention_heads {described}, model.num_heads {attention.num_heads}")
+
+
+def _load_tokenizer(tokenizer: Mapping[str, Any], network: nn.Module) -> ChatTokenizer:
+    """The tokenizer, its budget of tokens bounded by the model's."""
+    loaded = _instantiate(tokenizer, "tokenizer")
+    longest = int(network.max_seq_len)  # type: ignore[arg-type]
+    try:
+        chat = ChatTokenizer(loaded)
+        chat.max_seq_len = longest if chat.max_seq_len is None else min(chat.max_seq_len, longest)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{tokenizer.get('_component_')} is no usable chat tokenizer ({_reason(error)})",
+            where="tokenizer",
+            remedy="use the base's own torchtune tokenizer, with a whole number as max_seq_len",
+        ) from error
+    _check_vocabulary(network, chat, tokenizer)
+    return chat
+
+
+def _check_vocabulary(network: nn.Module, chat: ChatTokenizer, tokenizer: Mapping[str, Any]) -> None:
+    embeddings = getattr(network, "tok_embeddings", None)
+    if isinstance(embeddings, nn.Embedding) and chat.largest_token >= embeddings.num_embeddings:
         raise CheckpointError(
-            f"checkpoint does not fit the model (it {lacking})",
-            where=folder,
-            remedy="match the model section to config.json",
+            f"the tokenizer writes token {chat.largest_token}, the model knows {embeddings.num_embeddings} tokens",
+            where=str(tokenizer.get("path", "tokenizer")),
+            remedy="set tokenizer.path and special_tokens_path to the base's own files",
         )
+
+
+def _misfit(folder: Path, how: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint does not fit the model ({how})", where=str(folder), remedy="match the model section to config.json"
+    )
 
 
 def _component_of(arguments: Mapping[str, Any]) -> Any:
@@ -207,5 +281,9 @@ def _component_of(arguments: Mapping[str, Any]) -> Any:
     return _get_component_from_path(arguments["_component_"])
 
 
+def _reason(error: BaseException) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else _flat(error)
+
+
 def _flat(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()).rstrip(". ") or type(error).__name__

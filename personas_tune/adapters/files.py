@@ -54,9 +54,13 @@ class LoraShape:
     intermediate_dim: int
 
 
-def save_native(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write an adapter's fp32 weights under torchtune's parameter names."""
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, path, metadata=dict(metadata))
+def save_native(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write an adapter's fp32 weights under torchtune's parameter names; equal ones give equal bytes.
+
+    ``about`` is one JSON text, since safetensors writes several metadata entries in a random order.
+    """
+    metadata = {"about": json.dumps(dict(about), sort_keys=True)}
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, path, metadata=metadata)
 
 
 def load_native(folder: Path) -> dict[str, Tensor]:
@@ -95,7 +99,7 @@ def save_adapter(
         Names of the files written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_native(folder / NATIVE_FILE, weights, {"rank": str(shape.rank), "alpha": str(shape.alpha)})
+    save_native(folder / NATIVE_FILE, weights, {"rank": shape.rank, "alpha": shape.alpha})
     if not exports_to_peft(weights, model_type):
         return [NATIVE_FILE]
     save_peft(folder, phi3_peft_weights(weights, shape), phi3_peft_config(weights, shape, base_model))
@@ -110,7 +114,7 @@ def lora_shape(model: nn.Module) -> LoraShape:
     feed_forward = next(module for module in model.modules() if isinstance(module, FeedForward))
     return LoraShape(
         rank=rank,
-        alpha=float(lora.scaling * rank if isinstance(lora, DoRALinear) else lora.alpha),
+        alpha=lora.scaling * rank if isinstance(lora, DoRALinear) else lora.alpha,  # a whole number stays one
         dropout=float(getattr(lora.dropout, "p", 0.0)),
         q_dim=attention.num_heads * attention.head_dim,
         kv_dim=attention.num_kv_heads * attention.head_dim,

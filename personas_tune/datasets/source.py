@@ -1,15 +1,21 @@
 """A finished experiment's tables as prompts: who rates what, knowing what."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from personas_tune.errors import DataError
 from personas_tune.prompts.render import ItemText, PromptParts, label_of
 from personas_tune.prompts.templates import TRAITS, Template, find_template
+from personas_tune.retrieval.texts import ProfilesInTime
 from personas_tune.schema import MemoriesSeen
 from personas_tune.workspace import COLUMNS, Workspace, read_json, read_table
+
+_MADE_APART = "run `tune run persona_raft --config ...` again"  # the tables come from different runs
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class RatingSource:
 
     def __init__(self, output_dir: str | Path) -> None:
         self.workspace = Workspace.at(output_dir)
-        settings = read_json(self.workspace.prompt_settings)
+        settings = _prompt_settings(self.workspace.prompt_settings)
         self.labels: tuple[str, ...] = tuple(settings["labels"])
         self.template: Template = find_template(settings["template"])
         self._profile_choice: str = settings["profile"]
@@ -54,9 +60,7 @@ class RatingSource:
         self._memories = {
             (row["user_id"], row["position"]): row["memory"] for row in _rows(self.workspace.memories, "memories")
         }
-        self._profiles: dict[str, list[tuple[int, str]]] = {}
-        for row in _rows(self.workspace.profiles, "profiles"):
-            self._profiles.setdefault(row["user_id"], []).append((row["upto_position"], row["profile"]))
+        self._profiles = ProfilesInTime(read_table(self.workspace.profiles, COLUMNS["profiles"]))
 
     def samples(self, split: str) -> list[Sample]:
         """The samples of ``train`` or ``test``, ordered by user and position.
@@ -81,13 +85,16 @@ class RatingSource:
         Args:
             sample: The rating to predict.
             memories: ``short`` shows the profile, ``long`` the retrieved memories, ``both`` both.
+
+        Raises:
+            DataError: If a table lacks what the sample refers to.
         """
         return PromptParts(
-            tiers=self._tiers[sample.user_id],
+            tiers=_look_up(self._tiers, sample.user_id, "the user has no row in data/users.parquet", sample),
             profile=self._profile(sample) if memories != "long" else None,
             labels=self.labels,
             memories=self._retrieved(sample) if memories != "short" else (),
-            item=self._items[sample.item_id],
+            item=_look_up(self._items, sample.item_id, "the item has no row in data/items.parquet", sample),
         )
 
     def label(self, sample: Sample) -> str:
@@ -95,17 +102,32 @@ class RatingSource:
         return label_of(sample.rating, self.labels)
 
     def _profile(self, sample: Sample) -> str:
-        versions = self._profiles.get(sample.user_id)
-        if not versions:
-            raise DataError("user has no profile", where=sample.name, remedy="run `tune run persona_distill` again")
-        if self._profile_choice == "final":
-            return versions[-1][1]
-        # upto_position counts the train interactions seen: that many have positions below it.
-        seen = [text for upto, text in versions if upto <= sample.position]
-        return seen[-1] if seen else versions[0][1]
+        final = self._profiles.final(sample.user_id)
+        if not final:
+            raise DataError(
+                "user has no profile", where=sample.name, remedy="run `tune run persona_distill --config ...` again"
+            )
+        return final if self._profile_choice == "final" else self._profiles.before(sample.user_id, sample.position)
 
     def _retrieved(self, sample: Sample) -> tuple[str, ...]:
-        return tuple(self._memories[sample.user_id, position] for position in sample.memory_positions)
+        return tuple(
+            _look_up(self._memories, (sample.user_id, position), f"no memory at position {position}", sample)
+            for position in sample.memory_positions
+        )
+
+
+def _look_up(table: Mapping[Key, Value], key: Key, lack: str, sample: Sample) -> Value:
+    if key not in table:
+        raise DataError(lack, where=sample.name, remedy=_MADE_APART)
+    return table[key]
+
+
+def _prompt_settings(path: Path) -> dict[str, Any]:
+    settings = read_json(path)
+    missing = [key for key in ("labels", "template", "profile") if key not in settings]
+    if missing:
+        raise DataError(f"no {missing[0]!r} in it", where=str(path), remedy=_MADE_APART)
+    return dict(settings)
 
 
 def _rows(path: Path, table: str) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ Legend of shapes: N texts, W words of the vocabulary, D dimensions.
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from sklearn.utils.extmath import randomized_svd
 from threadpoolctl import threadpool_limits
 
 from personas_tune.embedding.tastes import taste_words
-from personas_tune.embedding.vectors import Embeddings, Space
+from personas_tune.embedding.vectors import Embeddings, Space, npy_bytes
 from personas_tune.errors import DataError, MissingInputError
 from personas_tune.workspace import to_json
 
@@ -97,7 +96,7 @@ class LsaEmbedder:
     def space(self) -> Space:
         """The space of this fit; its hash covers vocabulary, weights and directions."""
         digest = hashlib.sha256(f"{_VERSION} {self.reads}".encode())
-        for content in (_json(self.vocabulary), _npy(self.idf), _npy(self.components)):
+        for content in (_json(self.vocabulary), npy_bytes(self.idf), npy_bytes(self.components)):
             digest.update(content)
         return Space(NAME, dim=len(self.components), fit=digest.hexdigest())
 
@@ -123,8 +122,8 @@ class LsaEmbedder:
         return {
             "embedder.json": to_json({"space": asdict(self.space), "reads": self.reads}).encode(),
             "vocabulary.json": _json(self.vocabulary),
-            "idf.npy": _npy(self.idf),
-            "components.npy": _npy(self.components),
+            "idf.npy": npy_bytes(self.idf),
+            "components.npy": npy_bytes(self.components),
         }
 
     @classmethod
@@ -180,9 +179,3 @@ def _components(weights: Any, dim: int, seed: int) -> NDArray[np.float32]:
 
 def _json(words: Sequence[str]) -> bytes:
     return (json.dumps(list(words), ensure_ascii=False, indent=0) + "\n").encode()
-
-
-def _npy(array: NDArray[Any]) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, array, allow_pickle=False)
-    return stream.getvalue()

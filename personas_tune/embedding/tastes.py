@@ -15,6 +15,7 @@ _STANCES = {
 }
 _STANCE_OF = {word: stance for stance, words in _STANCES.items() for word in words.split()}
 _OPPOSITE = {"+": "-", "0": "0", "-": "+"}
+_COOL_TO = ("about", "on", "towards")  # "cool about jazz"; "cool jazz" takes no stance
 _NEGATION = re.compile(r"not|never|cannot|hardly|rarely|\w+n['’]t")
 _SENTENCE_END = re.compile(r"[.;!?\n]+")
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
@@ -36,8 +37,8 @@ def taste_words(text: str) -> list[str]:
 
 def _behind_stances(sentence: list[str]) -> list[str]:
     stance, is_negated, governed = "", False, []
-    for word in sentence:
-        if word in _STANCE_OF:
+    for word, following in zip(sentence, [*sentence[1:], ""], strict=True):
+        if word in _STANCE_OF and (word != "cool" or following in _COOL_TO):
             stance = _OPPOSITE[_STANCE_OF[word]] if is_negated else _STANCE_OF[word]
             is_negated = False
         elif _NEGATION.fullmatch(word):

@@ -1,8 +1,9 @@
 """Vectors of texts, and the space they lie in."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +66,13 @@ def embed_repeated(embedder: Embedder, texts: Sequence[str]) -> Embeddings:
     row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
     rows = np.array([row_of[text] for text in texts], dtype=np.int64)
     return embedder.embed(list(row_of)).take(rows)
+
+
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    """An array as the content of a ``.npy`` file."""
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()
 
 
 def require_same_space(space: Space, other: Space, *, where: str) -> None:

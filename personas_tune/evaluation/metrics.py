@@ -101,8 +101,9 @@ def measure_agent(
     Returns:
         JSON-ready values, None where a figure doesn't exist: ``n`` rows; ``n_parsed``; ``urr`` (share of
         unparsed rows); ``rmse``, ``mae`` and their ``rmse_ci``, ``mae_ci`` (low, high) on parsed rows;
-        ``rmse_filled``, ``mae_filled`` on all rows; ``macro_rmse``, the mean of the users' RMSEs;
-        ``per_persona`` (n, n_parsed, rmse, mae by persona) and ``per_user`` (n, sse, sae of parsed rows).
+        ``rmse_filled``, ``mae_filled`` on all rows; ``macro_rmse`` and ``macro_mae``, the means of the users'
+        RMSEs and MAEs; ``per_persona`` (n, n_parsed, rmse, mae by persona) and ``per_user`` (n, sse, sae of
+        parsed rows).
 
     Raises:
         EvaluationError: If there is no row.
@@ -125,6 +126,7 @@ def measure_agent(
         "rmse_filled": rmse(ratings, filled),
         "mae_filled": mae(ratings, filled),
         "macro_rmse": float(np.sqrt(sse / n).mean()) if len(n) else math.nan,
+        "macro_mae": float((sae / n).mean()) if len(n) else math.nan,
         "per_persona": _measure_personas(np.asarray(personas), ratings, predicted),
         "per_user": {
             str(name): {"n": int(count), "sse": float(squared), "sae": float(absolute)}

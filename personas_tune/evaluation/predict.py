@@ -45,7 +45,7 @@ def predict_distributions(
         dataset: The samples.
         assignment: Adapter in the bank by user; None for the base alone.
         labels: The rating labels.
-        max_tokens: Largest token tree of one forward pass.
+        max_tokens: Tokens of one forward pass, about; at most the model's ``max_seq_len`` count.
         on_rows: Called with the number of samples done since the last call.
     """
     answers = [base.tokenizer.answer_tokens(label) for label in labels]

@@ -111,7 +111,7 @@ def generate_answers(
         names: A name for each prompt; seeds its random stream.
         pad_id: Token that fills up short rows.
         stop_tokens: Tokens that end an answer; not returned.
-        max_new_tokens: Length of an answer.
+        max_new_tokens: Length of an answer; less where the model's context ends.
         temperature: 0 takes the most probable token.
         top_k: Draw among so many tokens; None for all.
         max_tokens: Tokens of one forward pass, padding included.
@@ -146,6 +146,7 @@ def _generate_chunk(
     top_k: int | None,
 ) -> list[list[int]]:
     device = next(model.parameters()).device
+    longest = int(model.max_seq_len)  # type: ignore[arg-type]
     answers: list[list[int]] = [[] for _ in prompts]
     going = list(range(len(prompts)))
     for _ in range(max_new_tokens):
@@ -156,7 +157,8 @@ def _generate_chunk(
         drawn = _draw(logits, noise, temperature, top_k)
         for i, token in zip(going, drawn, strict=True):
             answers[i].append(token)
-        going = [i for i in going if answers[i][-1] not in stop_tokens]
+        has_room = [len(prompts[i]) + len(answers[i]) < longest for i in going]
+        going = [i for i, room in zip(going, has_room, strict=True) if room and answers[i][-1] not in stop_tokens]
         if not going:
             break
     return [answer[:-1] if answer and answer[-1] in stop_tokens else answer for answer in answers]

@@ -12,7 +12,8 @@ from personas_tune.interactions.log import MEND_ROW, Log, RawLog, encode_ids
 
 _MAX_SECONDS = 1e11  # the year 5138: a larger one is in other units
 _PER_SECOND = 1_000_000
-_GRID_TOLERANCE = 1e-6
+_GRID_TOLERANCE = 1e-4  # of a step: float32 writes 9.7 as 9.69999981
+_DECIMALS = 6  # as many as rating_labels writes
 
 
 def build_log(
@@ -53,7 +54,8 @@ def build_log(
     item_ids, item = encode_ids(table["item_id"])
     time = _microseconds(raw, timestamp_unit)
     order = np.lexsort((time, user))
-    log = Log(user_ids, item_ids, user[order], item[order], rating[order], time[order] // _PER_SECOND)
+    on_grid = np.round(rating_min + np.round((rating - rating_min) / rating_step) * rating_step, _DECIMALS)
+    log = Log(user_ids, item_ids, user[order], item[order], on_grid[order], time[order] // _PER_SECOND)
     return _without_duplicates(log, order, raw, duplicates)
 
 
@@ -79,7 +81,7 @@ def _rating_mistake(
         what = f"rating {rating[index]} is not a number{_more(~finite)}"
         return DataError(what, where=raw.where(index), remedy=MEND_ROW)
     steps = (rating - low) / step
-    outside = (rating < low - _GRID_TOLERANCE) | (rating > high + _GRID_TOLERANCE)
+    outside = (steps < -_GRID_TOLERANCE) | (steps > (high - low) / step + _GRID_TOLERANCE)
     wrong = outside | (np.abs(steps - np.round(steps)) > _GRID_TOLERANCE)
     if not wrong.any():
         return None

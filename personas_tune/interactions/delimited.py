@@ -11,7 +11,7 @@ import pyarrow.csv as pa_csv
 from personas_tune.errors import DataError
 from personas_tune.interactions.log import MEND_ROW, RawLog
 from personas_tune.interactions.text_files import check_encoding, first_line, read_bytes, text_lines
-from personas_tune.interactions.values import is_date, value_problem
+from personas_tune.interactions.values import NUMBER, time_type, value_problem
 
 _BLOCK_BYTES = 1 << 23
 _IDS = pa.dictionary(pa.int32(), pa.string())
@@ -86,17 +86,16 @@ def read_delimited(layout: Layout, columns: Mapping[str, str]) -> RawLog:
     if first is None:
         raise DataError("a header and no interactions", where=str(layout.path), remedy="check data.path")
     at = indices.get("timestamp", len(first[1]))
-    dates = at < len(first[1]) and is_date(first[1][at])
+    time = time_type(first[1][at]) if at < len(first[1]) else NUMBER
     try:
-        table = _read_fast(layout, indices, dates)
+        table = _read_fast(layout, indices, time)
     except (pa.ArrowInvalid, UnicodeError, OSError) as error:
-        raise _name_bad_row(layout, indices, dates, error) from error
+        raise _name_bad_row(layout, indices, time, error) from error
     return RawLog(table, str(layout.path), lambda index: _row_number(layout, index))
 
 
-def _read_fast(layout: Layout, indices: Mapping[str, int], dates: bool) -> pa.Table:
-    types = {"user_id": _IDS, "item_id": _IDS, "rating": pa.float64()}
-    types["timestamp"] = pa.timestamp("us") if dates else pa.float64()
+def _read_fast(layout: Layout, indices: Mapping[str, int], time: pa.DataType) -> pa.Table:
+    types = {"user_id": _IDS, "item_id": _IDS, "rating": pa.float64(), "timestamp": time}
     delimiter = layout.delimiter
     if delimiter == "::":
         content = read_bytes(layout.path)
@@ -146,11 +145,11 @@ def _row_number(layout: Layout, index: int) -> int:
     return next(row for number, (row, _) in enumerate(read_rows(layout)) if number == index)
 
 
-def _name_bad_row(layout: Layout, indices: Mapping[str, int], dates: bool, error: Exception) -> DataError:
+def _name_bad_row(layout: Layout, indices: Mapping[str, int], time: pa.DataType, error: Exception) -> DataError:
     for row, fields in read_rows(layout):
         if mistake := ragged(layout, row, fields):
             return mistake
         for column, index in indices.items():
-            if problem := value_problem(column, fields[index], dates):
+            if problem := value_problem(column, fields[index], time):
                 return DataError(problem, where=f"{layout.path} row {row}", remedy=MEND_ROW)
     return DataError(first_line(error), where=str(layout.path), remedy="mend the file")

@@ -11,6 +11,7 @@ from personas_tune.interactions.columns import LOG_ALIASES, find_alias
 from personas_tune.interactions.delimited import Layout, ragged, read_rows
 from personas_tune.interactions.log import MEND_ROW
 from personas_tune.interactions.titles import split_title
+from personas_tune.interactions.values import id_text
 
 ITEM_ALIASES: dict[str, tuple[str, ...]] = {
     "item_id": LOG_ALIASES["item_id"],
@@ -114,10 +115,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def _as_id(value: Any) -> str | None:
-    """An id as text; a whole float, as pandas writes integers beside gaps, loses its ``.0``."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return None if _is_missing(value) or not str(value).strip() else str(value)
+    return None if _is_missing(value) or not str(value).strip() else id_text(value)
 
 
 def _as_text(value: Any) -> str | None:

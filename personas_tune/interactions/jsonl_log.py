@@ -13,7 +13,9 @@ from personas_tune.interactions.columns import pick_columns
 from personas_tune.interactions.log import MEND_ROW, RawLog
 from personas_tune.interactions.text_files import text_lines
 from personas_tune.interactions.typed import read_typed
+from personas_tune.interactions.values import id_text
 
+_IDS = ("user_id", "item_id")
 _REMEDY = "write one object a line"
 _BLOCK_BYTES = 1 << 24  # an object must fit into a block
 
@@ -50,6 +52,11 @@ def json_rows(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, dict[s
             continue
         try:
             value = json.loads(line)
+            if "\\u" in line:
+                json.dumps(value, ensure_ascii=False).encode()  # an escape may be half a character: no text can hold it
+        except UnicodeEncodeError as error:
+            what = f"half a character, {error.object[error.start]!a}"
+            raise DataError(what, where=f"{path} row {row}", remedy=MEND_ROW) from error
         except (json.JSONDecodeError, RecursionError) as error:
             raise DataError(f"not JSON ({error})", where=f"{path} row {row}", remedy=_REMEDY) from error
         if not isinstance(value, dict):
@@ -72,7 +79,7 @@ def _read_fast(path: Path, picked: Mapping[str, str], sample: Mapping[str, Any])
 
 
 def _number(column: str) -> pa.DataType:
-    return pa.int64() if column in ("user_id", "item_id") else pa.float64()
+    return pa.int64() if column in _IDS else pa.float64()
 
 
 def _read_slowly(path: Path, picked: Mapping[str, str], encoding: str) -> pa.Table:
@@ -84,7 +91,7 @@ def _read_slowly(path: Path, picked: Mapping[str, str], encoding: str) -> pa.Tab
             if isinstance(value, bool) or not isinstance(value, str | int | float):
                 what = f"{column} ({name}) is {'missing' if value is None else json.dumps(value)[:40]}"
                 raise DataError(what, where=f"{path} row {row}", remedy=MEND_ROW)
-            values[column].append(str(value))
+            values[column].append(id_text(value) if column in _IDS else str(value))
     return pa.table({column: pa.array(texts, type=pa.string()) for column, texts in values.items()})
 
 

@@ -18,6 +18,7 @@ CONFORMITY_PERCENTILES = (25, 80)
 DIVERSITY_PERCENTILES = (33, 66)
 _TOP_SHARE = 0.8
 _USERS_PER_BLOCK = 2048
+_COUNTS_PER_BLOCK = 1 << 21  # users times genres; shops have thousands of categories
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,9 @@ def count_main_genres(log: Log, genres: Sequence[Sequence[str]]) -> NDArray[np.f
     marks = np.array([number[genre] for item_genres in genres for genre in item_genres], dtype=np.int64)
     row_of_user = np.concatenate([[0], np.cumsum(log.n_per_user)])
     values = np.full(len(log.user_ids), np.nan)
-    for first in range(0, len(values), _USERS_PER_BLOCK):
-        last = min(first + _USERS_PER_BLOCK, len(values))
+    n_users = max(1, min(_USERS_PER_BLOCK, _COUNTS_PER_BLOCK // max(1, len(names))))
+    for first in range(0, len(values), n_users):
+        last = min(first + n_users, len(values))
         rows = slice(row_of_user[first], row_of_user[last])
         user = log.user[rows] - first
         counts = _count_marks(user, log.item[rows], n_genres_of_item, marks, last - first, len(names))

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from personas_tune.errors import DataError
 from personas_tune.interactions.log import MEND_ROW, RawLog
 from personas_tune.interactions.text_files import first_line
-from personas_tune.interactions.values import is_date, value_problem
+from personas_tune.interactions.values import NUMBER, time_type, value_problem
 
 
 def read_typed(table: pa.Table, source: str, row_of: Callable[[int], int]) -> RawLog:
@@ -65,18 +65,21 @@ def _as_time(values: pa.ChunkedArray) -> pa.ChunkedArray:
         return values
     if pa.types.is_date(values.type):
         return values.cast(pa.timestamp("s"))
-    if _is_text(values.type) and len(values) and is_date(values[0].as_py()):
-        return values.cast(pa.timestamp("us"))
-    return _as_number(values)
+    time = _time_type(values)
+    return _as_number(values) if time == NUMBER else values.cast(time)
+
+
+def _time_type(values: pa.ChunkedArray) -> pa.DataType:
+    return time_type(values[0].as_py()) if _is_text(values.type) and len(values) else NUMBER
 
 
 def _name_bad_value(
     column: str, values: pa.ChunkedArray, source: str, row_of: Callable[[int], int], error: Exception
 ) -> DataError:
     if _is_text(values.type):
-        dates = column == "timestamp" and is_date(values[0].as_py())
+        time = _time_type(values)
         for index, value in enumerate(values):
-            if problem := value_problem(column, value.as_py(), dates):
+            if problem := value_problem(column, value.as_py(), time):
                 return DataError(problem, where=f"{source} row {row_of(index)}", remedy=MEND_ROW)
     what = f"{column} can't be read ({first_line(error)})"
     return DataError(what, where=source, remedy="write ids as text, ratings and times as numbers")

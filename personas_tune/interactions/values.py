@@ -1,35 +1,48 @@
-"""What one value of a log must look like as text, to name the bad one after a fast reader gave up."""
+"""What one value of a log looks like as text: how to read it, and which is the bad one after a fast reader gave up."""
 
 import re
-from datetime import datetime
+
+import pyarrow as pa
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_ZONED_DATE = re.compile(r"\d{4}-\d\d.*\d(Z|[+-]\d\d(:?\d\d)?)")
+_DATE = re.compile(r"\d{4}-\d\d.*")
+NUMBER, DATE, ZONED_DATE = pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC")
 
 
-def is_date(text: str) -> bool:
-    """Whether a time is written as a date (ISO 8601) rather than as a number."""
+def time_type(text: str) -> pa.DataType:
+    """How a log's times are to be read if one is written so: as numbers, ISO dates, or ISO dates with a zone."""
     text = text.strip()
-    return bool(re.match(r"\d{4}-\d\d", text))
+    # A date's last part looks like a zone: only behind a time of day is it one.
+    if ":" in text and _ZONED_DATE.fullmatch(text):
+        return ZONED_DATE
+    return DATE if _DATE.fullmatch(text) else NUMBER
 
 
-def value_problem(column: str, text: str, dates: bool = False) -> str | None:
+def id_text(value: str | float) -> str:
+    """An id as text; a whole float, as pandas writes integers beside gaps, loses its ``.0``."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def value_problem(column: str, text: str, time: pa.DataType = NUMBER) -> str | None:
     """What is wrong with one value of a log, or None.
 
     Args:
         column: ``user_id``, ``item_id``, ``rating`` or ``timestamp``.
         text: The value as it stands in the file.
-        dates: Whether the log's times are dates.
+        time: How the log's times are read: the :func:`time_type` of the first.
     """
     if column in ("user_id", "item_id"):
         return None if text.strip() else f"empty {column}"
-    good = _is_iso_time(text) if column == "timestamp" and dates else _NUMBER.fullmatch(text.strip())
-    wanted = "an ISO date, as the first row's is" if column == "timestamp" and dates else "a number"
-    return None if good else f"{column} {text!r} is not {wanted}"
+    if column == "timestamp" and time != NUMBER:
+        wanted = "an ISO date with a zone" if time == ZONED_DATE else "an ISO date without a zone"
+        return None if _is_date(text, time) else f"{column} {text!r} is not {wanted}, as the first row's is"
+    return None if _NUMBER.fullmatch(text.strip()) else f"{column} {text!r} is not a number"
 
 
-def _is_iso_time(text: str) -> bool:
+def _is_date(text: str, time: pa.DataType) -> bool:
     try:
-        datetime.fromisoformat(text.strip())
-    except ValueError:
+        pa.scalar(text.strip()).cast(time)
+    except pa.ArrowInvalid:
         return False
     return True

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 
 from personas_tune.errors import DistillError
 
+# Compared without case and underscores, as the log's columns are.
 ALIASES = {
-    "user_id": ("user_id", "userId", "userID", "user"),
-    "item_id": ("item_id", "itemId", "itemID", "item", "movie_id", "movieId"),
+    "user_id": ("user_id", "user", "uid"),
+    "item_id": ("item_id", "movie_id", "item", "parent_asin"),
     "profile": ("profile", "persona", "description"),
     "memory": ("memory", "reason"),
     "upto_position": ("upto_position",),
@@ -63,8 +64,9 @@ def _pick(
     row: Mapping[str, Any], where: str, required: Sequence[str], optional: Sequence[str]
 ) -> dict[str, str | None]:
     picked: dict[str, str | None] = {}
+    columns = {_plain(column): column for column in reversed(list(row))}
     for name in (*required, *optional):
-        column = next((alias for alias in ALIASES[name] if alias in row), None)
+        column = next((columns[_plain(alias)] for alias in ALIASES[name] if _plain(alias) in columns), None)
         if column is None and name in required:
             raise DistillError(
                 f"no column {name} (there are: {', '.join(map(str, row)) or 'none'})",
@@ -73,6 +75,10 @@ def _pick(
             )
         picked[name] = None if column is None else _as_text(row[column])
     return picked
+
+
+def _plain(name: str) -> str:
+    return name.strip().casefold().replace("_", "")
 
 
 def _as_text(value: object) -> str | None:
@@ -105,6 +111,11 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
+            if "\\u" in line:
+                json.dumps(row, ensure_ascii=False).encode()  # an escape may be half a character: no text can hold it
+        except UnicodeEncodeError as error:
+            what = f"half a character, {error.object[error.start]!a}"
+            raise DistillError(what, where=where, remedy="mend or drop the row") from error
         except json.JSONDecodeError as error:
             raise DistillError(f"not JSON ({error.msg})", where=where, remedy="write one object a line") from error
         if not isinstance(row, dict):
@@ -126,7 +137,7 @@ def _utf8_text(path: Path) -> str:
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         first_line = str(error).splitlines()[0]
         raise DistillError(
             f"not a readable Parquet file ({first_line})", where=str(path), remedy="write it again"

@@ -204,7 +204,7 @@ class TasteReader:
         is_theme = self.kinds == Kind.THEME
         is_grammar = is_theme & (counts > max(MIN_EVIDENCE[Kind.THEME], MAX_THEME_SHARE * upto))
         scores[(counts < self.needed) | is_grammar] = np.nan
-        # Words that always come together ("bank heist") have the same score; the first stands for them.
+        # Words that always come together ("bank heist") have one score, to the last bit; the first stands for them.
         themes = np.flatnonzero(is_theme)
         themes = themes[np.argsort(scores[themes], kind="stable")]
         scores[themes[1:][np.diff(scores[themes]) == 0]] = np.nan

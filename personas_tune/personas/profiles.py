@@ -35,7 +35,7 @@ def final_profiles(profiles: pa.Table) -> UserProfiles:
     if not last:
         raise ClusteringError("no user has a profile", remedy="run `tune run persona_distill --config ...` first")
     speechless = [user_id for user_id, text in last.items() if not re.search(r"\w", text or "")]
-    _refuse_speechless(speechless, len(last), "a word")
+    _refuse_speechless(speechless, len(last), "a word", remedy="write these profiles again or leave the users out")
     return UserProfiles(list(last), list(last.values()))
 
 
@@ -47,15 +47,16 @@ def embed_profiles(embedder: Embedder, user_ids: Sequence[str], texts: Sequence[
     """
     embeddings = embedder.embed(texts)
     unknown = [user_id for user_id, is_known in zip(user_ids, embeddings.is_known, strict=True) if not is_known]
-    _refuse_speechless(unknown, len(texts), "a word that the embedder knows")
+    remedy = "write these profiles again, leave the users out, or raise personas.dim if their words are rare ones"
+    _refuse_speechless(unknown, len(texts), "a word that the embedder knows", remedy=remedy)
     return embeddings
 
 
-def _refuse_speechless(user_ids: Sequence[str], n_profiles: int, lacked: str) -> None:
+def _refuse_speechless(user_ids: Sequence[str], n_profiles: int, lacked: str, *, remedy: str) -> None:
     if user_ids:
         named = ", ".join(user_ids[:_NAMED]) + (", ..." if len(user_ids) > _NAMED else "")
         raise ClusteringError(
             f"{len(user_ids)} of {n_profiles} profiles without {lacked}",
             where=f"user {named}",
-            remedy="write these profiles again or leave the users out",
+            remedy=remedy,
         )

@@ -1,10 +1,19 @@
 """The answers that a rating scale allows, as text."""
 
 
-def rating_labels(min: float, max: float, step: float) -> list[str]:
-    """Every rating of a scale as the text that a model reads and answers, lowest first.
+def rating_label(rating: float) -> str:
+    """A rating as the text that a model reads and answers, without needless decimals.
 
-    Whole numbers have no decimal point.
+    Example:
+        >>> rating_label(4.0), rating_label(3.5)
+        ('4', '3.5')
+    """
+    # Rounding hides what adding steps such as 0.1 leaves behind; + 0.0 turns -0.0 into 0.0.
+    return f"{round(rating, 6) + 0.0:.6f}".rstrip("0").rstrip(".")
+
+
+def rating_labels(min: float, max: float, step: float) -> list[str]:
+    """Every rating of a scale as its label, lowest first.
 
     Args:
         min: The lowest rating.
@@ -16,6 +25,4 @@ def rating_labels(min: float, max: float, step: float) -> list[str]:
         ['0.5', '1', '1.5', '2']
     """
     n_steps = round((max - min) / step)
-    # Rounding hides what adding steps such as 0.1 leaves behind; + 0.0 turns -0.0 into 0.0.
-    ratings = [round(min + i * step, 6) + 0.0 for i in range(n_steps + 1)]
-    return [f"{rating:.6f}".rstrip("0").rstrip(".") for rating in ratings]
+    return [rating_label(min + i * step) for i in range(n_steps + 1)]

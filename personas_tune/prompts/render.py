@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from personas_tune.errors import PromptError
+from personas_tune.prompts.labels import rating_label
 from personas_tune.prompts.templates import TRAITS, Template
 
 
@@ -136,7 +137,7 @@ def label_of(rating: float, labels: Sequence[str]) -> str:
     Raises:
         PromptError: If the rating is not on the scale.
     """
-    label = f"{rating:g}"
+    label = rating_label(rating)
     if label not in labels:
         raise PromptError(
             f"rating {label} has no label", where="samples", remedy=f"the scale's labels are {', '.join(labels)}"

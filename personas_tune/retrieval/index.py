@@ -5,9 +5,8 @@ sample may see is a contiguous range of rows: nothing outside the range can be f
 the cosine, since all vectors have unit length.
 """
 
-import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from personas_tune.embedding.vectors import Embeddings, Space, require_same_space
+from personas_tune.embedding.vectors import Embeddings, Space, npy_bytes, require_same_space
 from personas_tune.errors import DataError, MissingInputError, RetrievalError
 
 # A unit vector's cosine with itself is 1 only to this precision in float32.
@@ -122,9 +121,9 @@ class MemoryIndex:
         described = {"user_ids": self.user_ids, "space": asdict(self.space)}
         return {
             "index.json": (json.dumps(described, ensure_ascii=False, indent=0, sort_keys=True) + "\n").encode(),
-            "offsets.npy": _npy(self.offsets),
-            "positions.npy": _npy(self.positions),
-            "keys.npy": _npy(self.keys),
+            "offsets.npy": npy_bytes(self.offsets),
+            "positions.npy": npy_bytes(self.positions),
+            "keys.npy": npy_bytes(self.keys),
         }
 
     @classmethod
@@ -149,7 +148,7 @@ class MemoryIndex:
         sizes = (len(index.user_ids) + 1, len(positions), (len(positions), index.space.dim))
         if sizes != (len(offsets), int(offsets[-1]), keys.shape):
             raise DataError("the index's files don't belong together", where=str(folder), remedy=_REMEDY)
-        require_unit_vectors(keys, [f"key in row {row}" for row in range(len(keys))])
+        require_unit_vectors(keys, lambda row: f"key in row {row}")
         return index
 
 
@@ -172,9 +171,7 @@ def build_index(user_ids: Sequence[str], positions: Sequence[int], keys: Embeddi
         raise RetrievalError(
             "memories aren't sorted by user and position, or two share a position", remedy="sort them and keep one each"
         )
-    require_unit_vectors(
-        keys.vectors, [f"memory of user {u} at position {p}" for u, p in zip(user_ids, positions, strict=True)]
-    )
+    require_unit_vectors(keys.vectors, lambda row: f"memory of user {user_ids[row]} at position {positions[row]}")
     return MemoryIndex(
         user_ids=[user_ids[row] for row in starts],
         offsets=np.array([*starts, len(user_ids)], dtype=np.int64),
@@ -223,9 +220,10 @@ def retrieve(
     """
     require_same_space(index.space, queries.space, where="retrieval")
     is_known = queries.is_known
-    samples = list(zip(user_ids, positions, strict=True))
-    known = [f"query of user {u} at position {p}" for (u, p), is_ in zip(samples, is_known, strict=True) if is_]
-    require_unit_vectors(queries.vectors[is_known], known)
+    known = np.flatnonzero(is_known)
+    require_unit_vectors(
+        queries.vectors[known], lambda row: f"query of user {user_ids[known[row]]} at position {positions[known[row]]}"
+    )
     return [
         index.nearest(
             user_id,
@@ -237,16 +235,16 @@ def retrieve(
         )
         if is_known[row]
         else []
-        for row, (user_id, position) in enumerate(samples)
+        for row, (user_id, position) in enumerate(zip(user_ids, positions, strict=True))
     ]
 
 
-def require_unit_vectors(vectors: NDArray[np.float32], names: Sequence[str]) -> None:
+def require_unit_vectors(vectors: NDArray[np.float32], name_of: Callable[[int], str]) -> None:
     """Refuse vectors that have no direction or another length than 1.
 
     Args:
         vectors: Shape ``(n, dim)``.
-        names: What each one is, for the message.
+        name_of: What the vector in a row is, for the message.
 
     Raises:
         RetrievalError: For the first such vector.
@@ -257,12 +255,6 @@ def require_unit_vectors(vectors: NDArray[np.float32], names: Sequence[str]) -> 
         first = int(wrong[0])
         raise RetrievalError(
             f"vector of length {lengths[first]:g}, {len(wrong)} such in all",
-            where=names[first],
+            where=name_of(first),
             remedy="vectors must have length 1; check the embedder and the texts",
         )
-
-
-def _npy(array: NDArray[Any]) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, array, allow_pickle=False)
-    return stream.getvalue()

@@ -1,5 +1,7 @@
 """Training the adapters of a bank: steps, epochs, validation."""
 
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -10,7 +12,7 @@ from torch.optim import Optimizer
 
 from personas_tune.adapters.bank import AdapterBank
 from personas_tune.datasets.tokens import TokenRow
-from personas_tune.errors import AdapterError
+from personas_tune.errors import AdapterError, ConfigError
 from personas_tune.training.forward import AnswerBatch, answer_logits, answer_loss, plain_batch, shared_batch
 from personas_tune.training.order import epoch_order
 
@@ -88,6 +90,28 @@ class StepReport:
     grad_norm: float | None
 
 
+def require_token_loss(loss_fn: nn.Module) -> None:
+    """Try a loss on two tokens.
+
+    Raises:
+        ConfigError: If it doesn't take logits and target tokens, or doesn't give their mean.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            is_mean = answer_loss(loss_fn, torch.zeros(2, 3), torch.tensor([0, 1])).dim() == 0
+    except Exception as error:  # any loss may be named
+        is_mean = False
+        reason = " ".join(str(error).split())
+    else:
+        reason = "it gives a value per token"
+    if not is_mean:
+        raise ConfigError(
+            f"{type(loss_fn).__name__} is no loss of tokens ({reason})",
+            where="loss",
+            remedy="use torch.nn.CrossEntropyLoss or a torchtune loss",
+        )
+
+
 def train_epoch(
     model: nn.Module,
     bank: AdapterBank,
@@ -133,9 +157,10 @@ def _train_step(
             users = [job.users[index] for index in part]
             batch = _batch_by_user(rows, users, pad_id) if settings.share_prefixes else plain_batch(rows, pad_id)
             total += _backward(model, batch.to(_device_of(model)), loss_fn)
-        bank.take_gradients(1 / n_tokens)
+            bank.take_gradients(1 / n_tokens)
     loss = total / n_tokens
-    if not torch.isfinite(torch.tensor(loss)):
+    if not math.isfinite(loss):
+        job.optimizer.zero_grad(set_to_none=True)
         raise AdapterError(
             f"loss is {loss} at step {job.steps_done + 1}", where=f"adapter {job.name}", remedy="lower optimizer.lr"
         )

@@ -75,7 +75,7 @@ def shared_batch(groups: Sequence[Sequence[Branch]], pad_id: int) -> AnswerBatch
             with several answers) are merged into a token tree.
         pad_id: Token that fills up short rows.
     """
-    lengths = [_shared_length([row for branch in group for row in branch]) for group in groups]
+    lengths = [shared_length([row for branch in group for row in branch]) for group in groups]
     prefixes = [group[0][0].tokens[:length] for group, length in zip(groups, lengths, strict=True)]
     trees = [
         build_token_tree([TokenRow(row.tokens[length:], row.answer_start - length) for row in branch])
@@ -103,6 +103,12 @@ def shared_batch(groups: Sequence[Sequence[Branch]], pad_id: int) -> AnswerBatch
         prefix_mask=torch.ones(prefix_width, prefix_width, dtype=torch.bool).tril().repeat(len(groups), 1, 1),
         owner=owner,
     )
+
+
+def shared_length(rows: Sequence[TokenRow]) -> int:
+    """Tokens that all rows share, short of the one from which an answer is predicted."""
+    first = rows[0].tokens
+    return min(min(common_prefix_length(first, row.tokens), row.answer_start - 1) for row in rows)
 
 
 def answer_logits(model: nn.Module, batch: AnswerBatch) -> Tensor:
@@ -189,12 +195,6 @@ def _output_only_at(model: nn.Module, batch_index: Tensor, source: Tensor) -> It
         yield
     finally:
         handle.remove()
-
-
-def _shared_length(rows: Sequence[TokenRow]) -> int:
-    """Tokens that all rows share, short of the one from which an answer is predicted."""
-    first = rows[0].tokens
-    return min(min(common_prefix_length(first, row.tokens), row.answer_start - 1) for row in rows)
 
 
 def _padded(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:

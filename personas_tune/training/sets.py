@@ -7,7 +7,7 @@ import numpy as np
 
 from personas_tune.adapters.bank import stable_seed
 from personas_tune.datasets.source import Sample
-from personas_tune.errors import ConfigError
+from personas_tune.errors import ConfigError, DataError
 
 ALL_USERS = "all"
 
@@ -43,7 +43,10 @@ def plan_adapter_set(
 
     Raises:
         ConfigError: If there are fewer rows than asked for.
+        DataError: If there is no row at all.
     """
+    if not samples:
+        raise DataError("no row to train on", where="samples/train.parquet", remedy="raise data.split.train_fraction")
     assignment = assign_users_to_adapters(samples, per=per, shuffle_personas=shuffle_personas, seed=seed)
     n_rows = number_of_rows(samples, rows)
     kept = range(len(samples)) if n_rows == len(samples) else subsample_per_user(samples, n_rows, seed)

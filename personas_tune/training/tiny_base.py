@@ -16,13 +16,14 @@ import numpy as np
 import sentencepiece
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torchtune.models.phi3 import phi3, phi3_mini_tokenizer
 from torchtune.models.phi3._convert_weights import phi3_tune_to_hf
 from torchtune.models.phi3._tokenizer import PHI3_SPECIAL_TOKENS
 
 from personas_tune.datasets.tokens import TokenRow
-from personas_tune.training.forward import answer_logits, shared_batch
+from personas_tune.errors import ConfigError
+from personas_tune.training.forward import answer_logits, shared_batch, shared_length
 
 
 @dataclass(frozen=True)
@@ -44,48 +45,62 @@ class TinyBaseTraining:
 
     Args:
         epochs: Passes over all rows.
+        max_steps: Steps after which training ends; None for all rows.
         rows_per_step: Rows of one optimizer step.
         rows_per_user: How many of them share a user, and so a prefix that is computed once.
         learning_rate: Peak of a cosine schedule.
         weight_decay: AdamW's, on matrices only.
         warmup_steps: Steps until the peak.
+        prompt_loss_weight: Weight of the mean loss over the prompts' own tokens (beyond what a user's
+            rows share), beside 1 for the answers'. What the prompts say of earlier ratings teaches
+            reading and arithmetic long before the few answer tokens could.
         seed: Seeds weights and order.
     """
 
     epochs: int
+    max_steps: int | None
     rows_per_step: int
     rows_per_user: int
     learning_rate: float
     weight_decay: float
     warmup_steps: int
+    prompt_loss_weight: float
     seed: int
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Any:
+def train_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path, *, split_digits: bool = True) -> Any:
     """Train a SentencePiece BPE model with Phi-3's special tokens and load it as torchtune's Phi-3 tokenizer.
-
-    Digits stay single tokens, so that numbers are read by place value.
 
     Args:
         texts: What it is trained on.
         vocab_size: Pieces, special ones included; equals the model's.
         folder: Gets ``tokenizer.model`` and ``special_tokens.json``.
+        split_digits: Make each digit a token of its own.
+
+    Raises:
+        ConfigError: If the texts don't give so many pieces.
     """
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        vocab_size=vocab_size,
-        model_type="bpe",
-        control_symbols=list(PHI3_SPECIAL_TOKENS),
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        num_threads=1,
-        minloglevel=2,
-    )  # fmt: skip
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            control_symbols=list(PHI3_SPECIAL_TOKENS),
+            unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+            byte_fallback=True,
+        split_digits=split_digits,
+                normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            num_threads=1,
+            minloglevel=2,
+        )  # fmt: skip
+    except RuntimeError as error:
+        reason = " ".join(str(error).rpartition("] ")[2].split())
+        raise ConfigError(
+            f"no vocabulary of {vocab_size} from these texts", where="base_training.vocab_size", remedy=reason
+        ) from error
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
@@ -96,15 +111,26 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Any:
     return phi3_mini_tokenizer(str(folder / "tokenizer.model"), special_tokens_path=str(folder / "special_tokens.json"))
 
 
-def build_tiny_base(shape: TinyBaseShape, seed: int) -> nn.Module:
-    """A randomly initialised model: normal weights of sd 0.02, residual outputs scaled by depth (GPT-2)."""
+def build_tiny_base(shape: TinyBaseShape, seed: int, initial_sd: float | None = None) -> nn.Module:
+    """A randomly initialised model.
+
+    Weights are normal; those that write to the residual stream are scaled down by sqrt(2 x layers), as
+    GPT-2's are.
+
+    Args:
+        shape: Its sizes.
+        seed: Seeds the weights.
+        initial_sd: Their standard deviation; by default sqrt(2 / (5 d)) (SmallInit, Nguyen and Salazar
+            2019), which at GPT-2's width is its 0.02.
+    """
+    sd = initial_sd or math.sqrt(2 / (5 * shape.embed_dim))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model: nn.Module = phi3(**asdict(shape))
         for name, weight in model.named_parameters():
             if weight.dim() == 2:
                 residual = name.endswith(("output_proj.weight", "w2.weight"))
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * shape.num_layers) if residual else 0.02)
+                nn.init.normal_(weight, std=sd / math.sqrt(2 * shape.num_layers) if residual else sd)
     return model
 
 
@@ -126,25 +152,48 @@ def train_tiny_base(
         pad_id: Token that fills up short rows.
         on_step: Called with step, number of steps and loss after each step.
     """
-    steps_per_epoch = len(list(_steps(users, 0, settings)))
-    n_steps = steps_per_epoch * settings.epochs
+    all_steps = [chosen for epoch in range(settings.epochs) for chosen in _steps(users, epoch, settings)]
+    steps = all_steps[: settings.max_steps]
     optimizer = torch.optim.AdamW(
         _decay_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.98), fused=True
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(settings.warmup_steps, n_steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(settings.warmup_steps, len(steps)))
     model.train()
-    step = 0
-    for epoch in range(settings.epochs):
-        for chosen in _steps(users, epoch, settings):
-            batch = shared_batch([[[rows[index]] for index in run] for run in chosen], pad_id)
-            loss = nn.functional.cross_entropy(answer_logits(model, batch), batch.targets)
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
-            step += 1
-            on_step(step, n_steps, loss.item())
+    for step, chosen in enumerate(steps, start=1):
+        groups = [[rows[index] for index in run] for run in chosen]
+        loss, answer_loss = _language_loss(model, groups, settings, pad_id)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        on_step(step, len(steps), answer_loss)
+
+
+def _language_loss(
+    model: nn.Module, groups: Sequence[Sequence[TokenRow]], settings: TinyBaseTraining, pad_id: int
+) -> tuple[Tensor, float]:
+    """The loss to minimise, and the answers' part of it."""
+    if settings.prompt_loss_weight == 0:
+        batch = shared_batch([[[row] for row in group] for group in groups], pad_id)
+        loss = nn.functional.cross_entropy(answer_logits(model, batch), batch.targets)
+        return loss, loss.item()
+    # With the answer said to begin right after the shared prefix, every later token is predicted.
+    starts = [shared_length(group) + 1 for group in groups]
+    whole = [
+        [[TokenRow(row.tokens, start)] for row in group] for group, start in zip(groups, starts, strict=True)
+    ]
+    batch = shared_batch(whole, pad_id)
+    losses = nn.functional.cross_entropy(answer_logits(model, batch), batch.targets, reduction="none")
+    in_answer = torch.cat(
+        [
+            torch.arange(start, len(row.tokens)) >= row.answer_start
+            for group, start in zip(groups, starts, strict=True)
+            for row in group
+        ]
+    )
+    answers, prompts = losses[in_answer].mean(), losses[~in_answer].mean()
+    return answers + settings.prompt_loss_weight * prompts, answers.item()
 
 
 def save_tiny_base(model: nn.Module, shape: TinyBaseShape, special_ids: dict[str, int], folder: Path) -> None:

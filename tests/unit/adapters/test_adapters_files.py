@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import base_sections
+from tiny import base_sections
 
 from personas_tune.adapters.base_model import load_base
 from personas_tune.adapters.files import (

@@ -1,8 +1,8 @@
 from pathlib import Path
 
 import pytest
-from conftest import LABELS, base_sections, write_experiment
 from omegaconf import OmegaConf
+from tiny import LABELS, base_sections, write_experiment
 from torchtune import config as torchtune_config
 
 from personas_tune.datasets import ChatTokenizer, RatingSource, persona_rating_dataset
@@ -10,7 +10,7 @@ from personas_tune.errors import DataError, MissingInputError, PromptError
 from personas_tune.workspace import Workspace
 
 
-@pytest.fixture()
+@pytest.fixture
 def tokenizer(tiny_checkpoint: Path):
     return torchtune_config.instantiate(OmegaConf.create(base_sections(tiny_checkpoint)["tokenizer"]))
 

@@ -13,6 +13,7 @@ from personas_tune.embedding.tastes import taste_words
         ("I don't like war", ["-war"]),
         ("She doesn’t dislike war\nand never enjoyed romance", ["+war", "-romance"]),
         ("Not a film fan. I like war", ["+war"]),  # so does a negation
+        ("I am cool about war. I love cool jazz", ["-about", "-war", "+cool", "+jazz"]),
         ("Guerre et paix, l'amour", ["+guerre", "+et", "+paix", "+l'amour"]),
         ("  ", []),
     ],

@@ -47,8 +47,10 @@ def test_unparsed_rows_are_filled_with_the_users_train_mean():
     assert fill_unparsed(PREDICTED, USER_MEANS).tolist() == [4.0, 3.0, 3.5, 4.0, 4.0]
 
 
-def test_macro_rmse_weighs_users_equally():
+def test_macro_errors_weigh_users_equally():
     assert measure()["macro_rmse"] == pytest.approx((math.sqrt(5 / 2) + math.sqrt(9 / 2)) / 2)
+    two_of_ann_one_of_bob = measure(*(array[[0, 1, 4]] for array in (USERS, PERSONAS, RATINGS, PREDICTED, USER_MEANS)))
+    assert two_of_ann_one_of_bob["macro_mae"] == pytest.approx((1.5 + 3) / 2)
 
 
 def test_personas_and_users_are_measured_apart():

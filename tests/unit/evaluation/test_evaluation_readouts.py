@@ -34,7 +34,7 @@ def brute_force(model, prompt: list[int], answers: list[list[int]]) -> np.ndarra
 @pytest.mark.parametrize("labels", [["1", "2", "3", "4", "5"], HALF_STARS], ids=["whole", "half"])
 @torch.no_grad()
 def test_label_probabilities_equal_brute_force_and_sum_to_one(load_tiny, tmp_path, labels) -> None:
-    from conftest import write_experiment
+    from tiny import write_experiment
 
     base = load_tiny()
     source = RatingSource(write_experiment(tmp_path / "run", labels).root)

@@ -142,6 +142,26 @@ def test_dates_and_milliseconds_become_seconds_and_keep_their_order_within_one(t
     assert rows_of(load("csv", tmp_path / "ms.csv", timestamp_unit="ms")) == expected
 
 
+def test_dates_with_a_zone_are_that_instant(tmp_path):
+    times = ["2020-01-01T02:00:00+02:00", "2020-01-01T00:00:01Z", "2019-12-31 19:00:02.5-0500"]
+    lines = [f"1,{item},3,{time}\n" for item, time in enumerate(times)]
+    (tmp_path / "log.csv").write_text("user,item,rating,time\n" + "".join(lines))
+    records = [{"user": 1, "item": item, "rating": 3, "time": time} for item, time in enumerate(times)]
+    (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    expected = [("1", str(item), 3.0, 1577836800 + item) for item in range(3)]
+    assert rows_of(load("csv", tmp_path / "log.csv")) == expected
+    assert rows_of(load("jsonl", tmp_path / "log.jsonl")) == expected
+
+
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float64()])
+def test_ratings_lie_on_the_scale_to_the_last_bit(tmp_path, kind):
+    ratings = [round(number * 0.1, 1) for number in range(101)]
+    columns = {"user": ["1"] * 101, "item": list(range(101)), "rating": pa.array(ratings, kind)}
+    pq.write_table(pa.table(columns), tmp_path / "log.parquet")
+    log = load("parquet", tmp_path / "log.parquet", rating_min=0, rating_max=10, rating_step=0.1)
+    assert log.rating.tolist() == ratings
+
+
 def test_without_times_file_order_stands_in(tmp_path):
     (tmp_path / "log.csv").write_text("user,item,rating\n2,10,4\n1,30,3\n2,20,5\n1,10,1\n")
     assert rows_of(load("csv", tmp_path / "log.csv")) == [
@@ -180,6 +200,14 @@ def test_jsonl_takes_ids_and_numbers_as_numbers_or_text(tmp_path, as_text):
     assert rows_of(load("jsonl", tmp_path / "log.jsonl")) == ROWS
     (tmp_path / "other.jsonl").write_text(lines, encoding="utf-16")
     assert rows_of(load("jsonl", tmp_path / "other.jsonl", encoding="utf-16")) == ROWS
+
+
+def test_whole_floats_as_ids_lose_their_point_in_jsonl_too(tmp_path):
+    (tmp_path / "log.jsonl").write_text(
+        '{"user": 1.0, "item": 20, "rating": 3.5, "ts": 200}\n{"user": 2, "item": 10, "rating": 5, "ts": 50}\n'
+        '{"user": 1, "item": 10.0, "rating": 4, "ts": 100.0}\n'
+    )
+    assert rows_of(load("jsonl", tmp_path / "log.jsonl")) == ROWS
 
 
 @pytest.mark.parametrize(

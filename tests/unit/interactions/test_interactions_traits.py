@@ -142,5 +142,6 @@ def test_blocks_of_users_do_not_change_diversity(monkeypatch):
     log = log_of([(user, item, 3.0) for user, item in sorted(pairs)], 40, 30)
     genres = [tuple(rng.choice(list("ABCDEF"), rng.integers(0, 4), replace=False)) for _ in range(30)]
     whole = compute_traits(log, genres).diversity.value
-    monkeypatch.setattr("personas_tune.interactions.traits._USERS_PER_BLOCK", 7)
-    np.testing.assert_array_equal(compute_traits(log, genres).diversity.value, whole)
+    for bound, value in (("_USERS_PER_BLOCK", 7), ("_COUNTS_PER_BLOCK", 13), ("_COUNTS_PER_BLOCK", 1)):
+        monkeypatch.setattr(f"personas_tune.interactions.traits.{bound}", value)
+        np.testing.assert_array_equal(compute_traits(log, genres).diversity.value, whole)

@@ -96,7 +96,7 @@ def test_users_outside_the_cohort_are_ignored_and_counted(tmp_path: Path) -> Non
     assert [note.split(": ")[1] for note in distilled.notes] == [
         "2 rows of users outside the cohort ignored",
         "1 rows of users outside the cohort ignored",
-        "1 rows of pairs not in the log ignored",
+        "1 rows of pairs not in data/interactions.parquet ignored",
     ]
 
 

@@ -1,5 +1,8 @@
 """Training a bank of adapters: each as if alone, the others and the base untouched."""
 
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +51,33 @@ def test_training_the_bank_equals_training_each_adapter_alone(load_tiny, experim
             assert torch.equal(weight, bank[name][key]), key
 
 
+def test_sharing_prefixes_trains_the_same_adapters(load_tiny, experiment) -> None:
+    plain = load_tiny()
+    dataset = rating_dataset(plain, experiment)
+    in_runs = replace(SETTINGS, batch_size=4, rows_per_user=4)
+    expected = train(plain, dataset, ["persona/0"], in_runs)["persona/0"]
+    shared = train(load_tiny(), dataset, ["persona/0"], replace(in_runs, share_prefixes=True))["persona/0"]
+    for key, weight in expected.items():
+        torch.testing.assert_close(shared[key], weight, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_a_loss_that_is_not_finite_stops_the_step_and_keeps_nothing_of_it(load_tiny, experiment) -> None:
+    base = load_tiny()
+    rows = rating_dataset(base, experiment).rows[:4]
+    adapter = base.bank.add_new("a", seed=0)
+    job = AdapterJob("a", rows, ["u"] * 4, torch.optim.AdamW(adapter.masters.values(), lr=1e-2))
+    before = adapter.state_dict()
+
+    class Broken(nn.CrossEntropyLoss):
+        def forward(self, logits, targets):
+            return super().forward(logits, targets) * float("nan")
+
+    with pytest.raises(AdapterError, match="adapter a: loss is nan at step 1; lower optimizer.lr"):
+        train_bank(base.model, base.bank, [job], Broken(), SETTINGS, base.tokenizer.pad_id)
+    assert all(torch.equal(before[key], weight) for key, weight in adapter.state_dict().items())
+    assert all(weight.grad is None for weight in adapter.masters.values())
+
+
 def test_every_adapter_moves_and_the_base_does_not(load_tiny, experiment) -> None:
     base = load_tiny()
     dataset = rating_dataset(base, experiment)
@@ -74,15 +104,33 @@ def test_accumulated_microbatches_give_the_gradient_of_the_whole_step(load_tiny,
         batch = plain_batch(rows, base.tokenizer.pad_id)
         nn.functional.cross_entropy(answer_logits(base.model, batch), batch.targets).backward()
         base.bank.take_gradients(1.0)
-        whole = {k: v.grad.clone() for k, v in adapter.masters.items()}
+        whole = {k: v.grad for k, v in adapter.masters.items()}
+        for weight in adapter.masters.values():
+            weight.grad = None
         n = len(batch.targets)
         for start in range(0, 7, 2):
             part = plain_batch(rows[start : start + 2], base.tokenizer.pad_id)
             loss = answer_loss(nn.CrossEntropyLoss(), answer_logits(base.model, part), part.targets)
             (loss * len(part.targets)).backward()
-        base.bank.take_gradients(1 / n)
+            base.bank.take_gradients(1 / n)
     for key, gradient in whole.items():
         torch.testing.assert_close(adapter.masters[key].grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_gradients_of_a_bf16_base_are_summed_in_fp32(tiny_checkpoint) -> None:
+    from tiny import base_sections
+
+    from personas_tune.adapters.base_model import load_base
+
+    bank = load_base(**base_sections(tiny_checkpoint), device="cpu", dtype="bf16").bank
+    bank.add_new("a", seed=0)
+    with bank.use("a") as adapter:
+        for value in (256.0, 1.0, 1.0):  # bf16 has 8 binary digits: 256 + 1 would be 256 again
+            for weight in bank._working.values():
+                weight.grad = torch.full_like(weight, value)
+            bank.take_gradients(0.5)
+    assert all((weight.grad == 129).all() for weight in adapter.masters.values())
+    assert all(weight.grad is None for weight in bank._working.values())
 
 
 def test_label_only_logits_equal_those_of_the_stock_forward(load_tiny, experiment) -> None:
@@ -149,7 +197,7 @@ def test_a_model_without_lora_is_refused() -> None:
 
 
 def test_masters_stay_fp32_over_a_bf16_base(tiny_checkpoint, experiment) -> None:
-    from conftest import base_sections
+    from tiny import base_sections
 
     from personas_tune.adapters.base_model import load_base
 
@@ -163,7 +211,7 @@ def test_masters_stay_fp32_over_a_bf16_base(tiny_checkpoint, experiment) -> None
 
 @pytest.mark.parametrize("option", [{"enable_activation_checkpointing": True}, {"use_dora": True}])
 def test_activation_checkpointing_and_dora_train(tiny_checkpoint, experiment, option) -> None:
-    from conftest import base_sections
+    from tiny import base_sections
 
     from personas_tune.adapters.base_model import load_base
 
@@ -184,13 +232,24 @@ def test_activation_checkpointing_and_dora_train(tiny_checkpoint, experiment, op
 def test_validation_loss_is_measured_without_dropout(load_tiny, experiment) -> None:
     base = load_tiny(lora_dropout=0.5)
     rows = rating_dataset(base, experiment).rows[:6]
-    base.bank.add_new("a", seed=0)
-    job = AdapterJob("a", rows, [], torch.optim.SGD(base.bank["a"].masters.values(), lr=0.1), validation_rows=rows)
+    adapter = base.bank.add_new("a", seed=0)
+    with torch.no_grad():  # B starts at zero, and dropout would do nothing
+        for weight in adapter.masters.values():
+            weight.add_(0.1)
+    job = AdapterJob("a", rows, [], torch.optim.SGD(adapter.masters.values(), lr=0.1), validation_rows=rows)
     batch = plain_batch(rows, base.tokenizer.pad_id)
+
+    def loss() -> float:
+        with base.bank.use("a"):
+            return nn.functional.cross_entropy(answer_logits(base.model, batch), batch.targets).item()
+
+    dropped = loss()
     base.model.eval()
-    expected = nn.functional.cross_entropy(answer_logits(base.model, batch), batch.targets).item()
+    expected = loss()
+    base.model.train()
     measured = validation_loss(base.model, base.bank, job, nn.CrossEntropyLoss(), 4, base.tokenizer.pad_id)
     assert measured == pytest.approx(expected, rel=1e-5)
+    assert measured != pytest.approx(dropped, rel=1e-3)
 
 
 def test_an_epoch_is_a_permutation_in_runs_of_one_user() -> None:
@@ -206,7 +265,7 @@ def test_an_epoch_is_a_permutation_in_runs_of_one_user() -> None:
     ]
     assert all(order != other for other in others)
     plain = epoch_order(users, epoch=0, rows_per_user=1, seed=1, adapter="a")
-    assert np.mean([users[a] == users[b] for a, b in zip(plain, plain[1:], strict=False)]) < 0.6
+    assert np.mean([users[a] == users[b] for a, b in itertools.pairwise(plain)]) < 0.6
 
 
 def test_max_steps_per_epoch_and_the_last_small_step_are_counted() -> None:

@@ -1,0 +1,245 @@
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from personas_tune import cli, doctor
+from personas_tune.config import bundled_configs, find_config, load_experiment
+from personas_tune.doctor import Finding
+from personas_tune.errors import PersonasTuneError
+
+PROJECT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run the console script's main in an empty folder; give status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_main(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return run_main
+
+
+# ls
+
+
+def test_ls_lists_every_recipe_that_is_installed_and_every_config(run):
+    status, out, err = run("ls")
+    installed = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert (status, err) == (0, "")
+    listed = {line.split()[0] for line in out.splitlines() if line.startswith("  ")}
+    assert listed == {*installed["py-modules"], *bundled_configs()}
+
+
+def test_every_recipe_file_is_installed_and_every_package_too():
+    installed = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert set(installed["py-modules"]) == {path.stem for path in (PROJECT / "recipes").glob("*.py")}
+    packages = {path.parent for path in (PROJECT / "personas_tune").rglob("__init__.py")}
+    named = {".".join(path.relative_to(PROJECT).parts) for path in packages}
+    assert set(installed["packages"]) == named | {"personas_tune.configs"}
+
+
+def test_ls_says_what_each_is_for(run):
+    _, out, _ = run("ls")
+    for line in out.splitlines():
+        if line.startswith("  "):
+            assert len(line.split(maxsplit=1)[1]) > 10
+    assert "The paper's setting" in out
+
+
+def test_ls_tells_of_the_bundled_configs_whatever_lies_in_this_folder(run):
+    expected = run("ls")
+    Path("quickstart.yaml").write_text("", encoding="utf-8")
+    assert run("ls") == expected
+
+
+# cp
+
+
+@pytest.mark.parametrize("name", ["quickstart.yaml", "quickstart"])
+def test_cp_copies_a_config(run, name):
+    status, out, err = run("cp", name, ".")
+    assert (status, out, err) == (0, "copied to quickstart.yaml\n", "")
+    assert Path("quickstart.yaml").read_bytes() == find_config("quickstart.yaml").read_bytes()
+    assert load_experiment("quickstart.yaml").output_dir == "runs/quickstart"
+
+
+@pytest.mark.parametrize("name", ["persona_lora", "persona_lora.py"])
+def test_cp_copies_a_recipe(run, name):
+    assert run("cp", name, "mine.py")[0] == 0
+    assert Path("mine.py").read_bytes() == (PROJECT / "recipes" / "persona_lora.py").read_bytes()
+
+
+def test_cp_overwrites_only_when_told_to(run):
+    Path("quickstart.yaml").write_text("mine", encoding="utf-8")
+    status, out, err = run("cp", "quickstart.yaml", ".")
+    assert (status, out) == (2, "")
+    assert err == "error: quickstart.yaml: file exists; add --force to overwrite it\n"
+    assert Path("quickstart.yaml").read_text(encoding="utf-8") == "mine"
+    assert run("cp", "quickstart.yaml", ".", "--force")[0] == 0
+    assert Path("quickstart.yaml").read_text(encoding="utf-8").startswith("# The embedded default")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("persona_lra", "persona_lora"), ("quikstart.yaml", "quickstart.yaml"), ("zzz", None)]
+)
+def test_cp_answers_an_unknown_name_with_the_nearest(run, name, nearest):
+    status, out, err = run("cp", name, ".")
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert err.startswith(f"error: {name!r}: no recipe and no config of that name is bundled; ")
+    assert (f"did you mean {nearest}?" if nearest else "`personas-tune ls`") in err
+    assert list(Path().iterdir()) == []
+
+
+def test_cp_copies_nothing_but_what_is_bundled(run):
+    Path("notes.txt").write_text("mine", encoding="utf-8")
+    assert run("cp", "notes.txt", "copy.txt")[0] == 2
+    assert not Path("copy.txt").exists()
+
+
+def test_cp_into_a_folder_that_is_not_there_says_so(run):
+    assert run("cp", "quickstart.yaml", "gone/x.yaml")[::2] == (2, "error: gone: no such folder; make it first\n")
+
+
+def test_cp_to_where_nothing_can_be_written_says_so(run):
+    Path("folder.yaml").mkdir()
+    Path("folder.yaml/quickstart.yaml").mkdir()
+    status, _, err = run("cp", "quickstart.yaml", "folder.yaml", "--force")
+    assert status == 2
+    assert err.startswith("error: folder.yaml/quickstart.yaml: can't be written (")
+    assert len(err.splitlines()) == 1
+
+
+# The script itself
+
+
+def test_the_script_knows_its_version(run):
+    assert run("--version")[:2] == (0, f"personas-tune {version('personas-tune')}\n")
+
+
+def test_no_command_and_an_unknown_one_are_refused(run):
+    assert run()[0] == 2
+    assert run("list")[0] == 2
+
+
+def test_the_console_script_is_installed(tmp_path):
+    script = Path(sys.executable).parent / "personas-tune"
+    ran = subprocess.run([script, "ls"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "persona_pipeline" in ran.stdout
+
+
+# doctor
+
+
+def test_the_doctor_finds_nothing_amiss_in_this_environment_and_names_every_pin(run, monkeypatch):
+    monkeypatch.setattr(doctor, "LOW_DISK_GB", 0)
+    status, out, err = run("doctor")
+    assert (status, err) == (0, "")
+    assert all(line.startswith("ok ") for line in out.splitlines())
+    assert all(f" {package} " in out for package in ("torchtune", "torchao", "torch", "pyarrow", "faiss-cpu"))
+
+
+def test_the_doctor_of_a_config_names_what_it_lacks_and_the_command_that_gets_it(run, monkeypatch):
+    monkeypatch.setattr(doctor, "LOW_DISK_GB", 0)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    status, out, err = run("doctor", "--config", "phi3_persona.yaml", )  # fmt: skip
+    missing = [line for line in out.splitlines() if line.startswith("missing")]
+    assert status == 2
+    assert any("data.path data/ml-1m" in line for line in missing)
+    assert any(
+        "tune download microsoft/Phi-3-mini-4k-instruct --output-dir checkpoints/Phi-3-mini-4k-instruct" in line
+        for line in missing
+    )
+    assert any("export OPENAI_API_KEY" in line for line in missing)
+    assert err == f"error: doctor: {len(missing)} of {len(out.splitlines())} checks found something missing\n"
+
+
+def test_the_doctor_says_that_an_experiment_has_what_it_needs(run, monkeypatch, tiny_checkpoint):
+    import yaml
+    from tiny import base_sections
+
+    monkeypatch.setattr(doctor, "LOW_DISK_GB", 0)
+    Path("log.csv").write_text("user,item,rating\n", encoding="utf-8")
+    experiment = {"output_dir": "run", "data": {"format": "csv", "path": "log.csv"}, "agents": {"base": {}}}
+    Path("c.yaml").write_text(yaml.safe_dump({**experiment, **base_sections(tiny_checkpoint)}), encoding="utf-8")
+    status, out, err = run("doctor", "--config", "c.yaml")
+    assert (status, err) == (0, "")
+    assert "ok       data.path log.csv\nok       base: checkpoint and tokenizer are there\n" in out
+
+
+def test_the_doctor_asks_for_no_base_where_none_is_used(run, monkeypatch):
+    Path("c.yaml").write_text("output_dir: run\ndata: {format: world}\n", encoding="utf-8")
+    monkeypatch.setattr(doctor, "LOW_DISK_GB", 0)
+    status, out, _ = run("doctor", "--config", "c.yaml")
+    assert status == 0
+    assert "base" not in out.replace("a small base", "")
+
+
+def test_the_doctor_of_a_config_with_mistakes_tells_them(run):
+    Path("c.yaml").write_text("output_dir: run\nsed: 1\n", encoding="utf-8")
+    assert run("doctor", "--config", "c.yaml")[::2] == (2, "error: c.yaml: unknown key sed; did you mean seed?\n")
+
+
+def test_a_package_of_another_version_is_missing_with_the_mending_command(monkeypatch):
+    monkeypatch.setattr(doctor, "requires", lambda name: ["torchao<0.16,>=0.14.1", "numpy>=2", "gone_for_good>=1"])
+    monkeypatch.setattr(doctor, "version", lambda name: {"torchao": "0.17", "numpy": "2.4"}.get(name) or lacking(name))
+    torchao, numpy, gone = doctor.check_packages()
+    assert str(torchao) == "missing  torchao 0.17 (works: <0.16,>=0.14.1); pip install 'torchao<0.16,>=0.14.1'"
+    assert numpy.good
+    assert str(gone) == "missing  gone_for_good is not installed; pip install 'gone_for_good>=1'"
+
+
+def lacking(name):
+    from importlib.metadata import PackageNotFoundError
+
+    raise PackageNotFoundError(name)
+
+
+def test_extras_that_were_not_asked_for_are_not_missed(monkeypatch):
+    monkeypatch.setattr(doctor, "requires", lambda name: ["wandb; extra == 'wandb'"])
+    assert doctor.check_packages() == []
+
+
+def test_an_import_that_fails_is_a_finding(monkeypatch):
+    def fail(name):
+        raise ImportError(f"no {name}\nbecause")
+
+    monkeypatch.setattr(doctor.importlib, "import_module", fail)
+    assert str(doctor.check_imports()).startswith("missing  torchtune does not import (no torchtune); pip install")
+    assert str(doctor.check_device()).startswith("missing  torch does not import (no torch")
+
+
+def test_little_disk_space_is_a_finding(monkeypatch):
+    monkeypatch.setattr(doctor, "LOW_DISK_GB", 1e9)
+    assert not doctor.check_disk().good
+
+
+def test_a_gpu_is_missed_only_by_an_experiment_that_asks_for_one(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [doctor.check_device(device).good for device in (None, "cpu", "cuda", "cuda:0")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+    assert doctor.check_device("cuda") == Finding(True, "GPU H200")
+
+
+def test_findings_are_printed_before_the_error(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "check_packages", lambda: [Finding(False, "a is not installed", "pip install a")])
+    monkeypatch.setattr(doctor, "LOW_DISK_GB", 0)
+    with pytest.raises(PersonasTuneError, match=r"1 of \d checks"):
+        doctor.print_findings(None)
+    assert "missing  a is not installed; pip install a\n" in capsys.readouterr().out
