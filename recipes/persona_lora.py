@@ -173,7 +173,7 @@ class PersonaLoraRecipe:
         return AdapterJob(
             name=name,
             rows=[dataset.rows[index] for index in plan.rows],
-            users=[dataset.samples[index].user_id for index in plan.rows],
+            prefixes=[self.source.prefix_name(dataset.samples[index]) for index in plan.rows],
             optimizer=optimizer,
             lr_scheduler=scheduler,
             validation_rows=[dataset.rows[index] for index in plan.validation_rows],
@@ -236,7 +236,6 @@ class PersonaLoraRecipe:
             f"{folder}/training.json",
             {
                 "rows": len(job.rows),
-                "users": len(set(job.users)),
                 "steps": job.steps_done,
                 "validation_losses": job.validation_losses,
             },

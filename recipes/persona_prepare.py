@@ -73,12 +73,12 @@ def recipe_main(cfg: DictConfig) -> None:
             stage.write_table(f"{name}.parquet", getattr(prepared, name))
         if files is None:
             stage.write_table("oracle.parquet", select_oracle(world.oracle, prepared.interactions))
-    print_summary(prepared)
+    print_summary(prepared, data.historical_average)
     print(f"data: written to {stage.folder}")
 
 
-def print_summary(prepared: Prepared) -> None:
-    """Print the tables' sizes and where the tiers of the traits begin."""
+def print_summary(prepared: Prepared, historical_average: str) -> None:
+    """Print the tables' sizes, how many items have an average, and where the tiers of the traits begin."""
     n_train = sum(prepared.users["n_train"].to_pylist())
     n_test = sum(prepared.users["n_test"].to_pylist())
     left_out = f" ({prepared.n_left_out} left out by the time cut)" if prepared.n_left_out else ""
@@ -86,6 +86,10 @@ def print_summary(prepared: Prepared) -> None:
         f"cohort: {prepared.users.num_rows} users{left_out}, {n_train} train and {n_test} test interactions, "
         f"{prepared.items.num_rows} items; outside it {prepared.outside.num_rows} interactions"
     )
+    n_averages = prepared.items.num_rows - prepared.items["mean_rating"].null_count
+    nobody = "; nobody is outside the cohort: set data.cohort.n_users, or data.historical_average=train"
+    is_empty = historical_average == "outside" and not prepared.outside.num_rows
+    print(f"averages ({historical_average}): of {n_averages} items{nobody if is_empty else ''}")
     starts = []
     for name in ("activity", "conformity", "diversity"):
         low, high = getattr(prepared.traits, name).thresholds

@@ -33,7 +33,7 @@ def recipe_main(cfg: DictConfig) -> None:
     retrieval, scale = cfg.retrieval, cfg.data.rating_scale
     settings = {
         **settings_of(cfg, "retrieval", "prompt"),
-        "rating_scale": settings_of(cfg, "data")["data"]["rating_scale"],
+        "rating_scale": dict(scale),
     }
     inputs = [workspace.interactions, workspace.items, workspace.memories, workspace.personas]
     uses_profiles = retrieval.query == "user_and_item"

@@ -1,5 +1,6 @@
 """A finished experiment's tables as prompts: who rates what, knowing what."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,10 @@ class RatingSource:
             memories=self._retrieved(sample) if memories != "short" else (),
             item=_look_up(self._items, sample.item_id, "the item has no row in data/items.parquet", sample),
         )
+
+    def prefix_name(self, sample: Sample) -> str:
+        """Names what a sample's prompt begins with: samples of one name share user and profile."""
+        return f"{sample.user_id} {zlib.crc32(self._profile(sample).encode())}"
 
     def label(self, sample: Sample) -> str:
         """The answer: the true rating as text."""

@@ -6,6 +6,7 @@ in its sentence. English; a text without such words is read as liking all that i
 """
 
 import re
+from itertools import pairwise
 
 _STANCES = {
     "+": "love loves loved loving like likes liked enjoy enjoys enjoyed enjoying prefer prefers preferred "
@@ -37,7 +38,7 @@ def taste_words(text: str) -> list[str]:
 
 def _behind_stances(sentence: list[str]) -> list[str]:
     stance, is_negated, governed = "", False, []
-    for word, following in zip(sentence, [*sentence[1:], ""], strict=True):
+    for word, following in pairwise([*sentence, ""]):
         if word in _STANCE_OF and (word != "cool" or following in _COOL_TO):
             stance = _OPPOSITE[_STANCE_OF[word]] if is_negated else _STANCE_OF[word]
             is_negated = False

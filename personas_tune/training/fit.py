@@ -61,7 +61,7 @@ class AdapterJob:
     Args:
         name: The adapter's name in the bank.
         rows: Its training rows.
-        users: Each row's user.
+        prefixes: Names what each row begins with (user and profile); rows of equal names may share it.
         optimizer: Steps its master weights.
         lr_scheduler: Advanced after each step; None for a constant rate.
         validation_rows: Rows whose loss is measured after each epoch.
@@ -69,7 +69,7 @@ class AdapterJob:
 
     name: str
     rows: Sequence[TokenRow]
-    users: Sequence[str]
+    prefixes: Sequence[str]
     optimizer: Optimizer
     lr_scheduler: Any | None = None
     validation_rows: Sequence[TokenRow] = ()
@@ -130,7 +130,7 @@ def train_epoch(
         AdapterError: If the loss isn't finite; nothing of that step is kept.
     """
     order = epoch_order(
-        job.users, epoch=epoch, rows_per_user=settings.rows_per_user, seed=settings.seed, adapter=job.name
+        job.prefixes, epoch=epoch, rows_per_user=settings.rows_per_user, seed=settings.seed, adapter=job.name
     )
     size = settings.rows_per_step
     model.train()
@@ -154,8 +154,8 @@ def _train_step(
         total = 0.0
         for part in _chunks(chosen, settings.batch_size):
             rows = [job.rows[index] for index in part]
-            users = [job.users[index] for index in part]
-            batch = _batch_by_user(rows, users, pad_id) if settings.share_prefixes else plain_batch(rows, pad_id)
+            names = [job.prefixes[index] for index in part]
+            batch = _batch_by_prefix(rows, names, pad_id) if settings.share_prefixes else plain_batch(rows, pad_id)
             total += _backward(model, batch.to(_device_of(model)), loss_fn)
             bank.take_gradients(1 / n_tokens)
     loss = total / n_tokens
@@ -176,10 +176,10 @@ def _train_step(
     return StepReport(job.name, job.steps_done, epoch, len(chosen), loss, learning_rate, grad_norm)
 
 
-def _batch_by_user(rows: Sequence[TokenRow], users: Sequence[str], pad_id: int) -> AnswerBatch:
+def _batch_by_prefix(rows: Sequence[TokenRow], prefixes: Sequence[str], pad_id: int) -> AnswerBatch:
     groups: dict[str, list[list[TokenRow]]] = {}
-    for row, user in zip(rows, users, strict=True):
-        groups.setdefault(user, []).append([row])
+    for row, prefix in zip(rows, prefixes, strict=True):
+        groups.setdefault(prefix, []).append([row])
     return shared_batch(list(groups.values()), pad_id)
 
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "personas": {"errors", "workspace", "embedding"},
     "retrieval": {"errors", "workspace", "embedding"},
     "prompts": {"errors", "schema", "workspace"},
-    "datasets": {"errors", "schema", "workspace", "prompts"},
+    "datasets": {"errors", "schema", "workspace", "prompts", "retrieval"},
     "adapters": {"errors", "schema", "workspace", "prompts", "datasets"},
     "training": {"errors", "schema", "workspace", "prompts", "datasets", "adapters"},
     "evaluation": {"errors", "schema", "workspace", "prompts", "datasets", "adapters", "training"},

@@ -239,7 +239,8 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny_checkpoint)
         ("checkpointer", {"model_type": "PHI99"}, "checkpointer: torchtune.training.FullModelHFCheckpointer failed ("),
         ("model", {"lora_rank": 0}, "model: torchtune.models.phi3.lora_phi3 failed ("),
         ("model", {"num_heads": 5}, "model: torchtune.models.phi3.lora_phi3 failed ("),
-        ("model", {"lora_attn_modules": []}, "model: the model has no adapter parameters; use a lora_* builder"),
+        ("model", {"lora_attn_modules": []}, "model: torchtune.models.phi3.lora_phi3 failed (Must pass one or more"),
+        ("model", {"lora_attn_modules": ["q_prj"]}, "model: the model has no adapter parameters; use a lora_* builder"),
     ],
 )
 def test_a_value_that_a_component_does_not_take_is_told_by_its_section(tiny_checkpoint, section, change, told):

@@ -1,8 +1,10 @@
 from pathlib import Path
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
-from tiny import LABELS, base_sections, write_experiment
+from tiny import base_sections, write_experiment
 from torchtune import config as torchtune_config
 
 from personas_tune.datasets import ChatTokenizer, RatingSource, persona_rating_dataset
@@ -114,9 +116,35 @@ def test_before_target_shows_the_profile_as_it_stood(experiment: Workspace) -> N
     assert "I have seen 6 films" in (source.parts(source.samples("test")[0], "both").profile or "")
 
 
+def test_before_target_shows_no_profile_where_none_was_written_yet(tokenizer, experiment: Workspace) -> None:
+    profiles = pq.read_table(experiment.profiles)
+    pq.write_table(profiles.filter(pc.field("upto_position") > 0), experiment.profiles)  # the final ones only
+    experiment.prompt_settings.write_text(
+        '{"template": "movies", "profile": "before_target", "labels": ["1", "2", "3", "4", "5"]}'
+    )
+    source = RatingSource(experiment.root)
+    assert not source.parts(source.samples("train")[2], "both").profile
+    assert "I have seen 6 films" in (source.parts(source.samples("test")[0], "both").profile or "")
+
+
 def test_labels_off_the_scale_are_refused(experiment: Workspace) -> None:
     experiment.prompt_settings.write_text('{"template": "movies", "profile": "final", "labels": ["8", "9"]}')
     source = RatingSource(experiment.root)
     with pytest.raises(PromptError, match="the scale's labels are 8, 9"):
         source.label(source.samples("train")[0])
-    assert LABELS
+
+
+def test_rows_of_one_prefix_name_share_their_profile(tokenizer, experiment: Workspace) -> None:
+    experiment.prompt_settings.write_text('{"template": "movies", "profile": "before_target", "labels": ["1"]}')
+    before = RatingSource(experiment.root)
+    names = {before.prefix_name(sample) for sample in before.samples("train")}
+    assert len(names) == 6  # six users, whose profile stands at position 0 until all six train rows are seen
+    experiment.prompt_settings.write_text('{"template": "movies", "profile": "final", "labels": ["1"]}')
+    final = RatingSource(experiment.root)
+    assert {final.prefix_name(s) for s in final.samples("train")} == {
+        final.prefix_name(s) for s in final.samples("test")
+    }
+    assert {before.prefix_name(s) for s in before.samples("test")} == {
+        final.prefix_name(s) for s in final.samples("test")
+    }
+    assert names.isdisjoint({before.prefix_name(sample) for sample in before.samples("test")})

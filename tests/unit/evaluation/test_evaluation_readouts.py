@@ -115,7 +115,15 @@ def test_drawn_answers_do_not_depend_on_batching(load_tiny, experiment) -> None:
     assert len({tuple(answer) for answer in together}) > 1
 
 
-def test_generation_draws_from_the_softmax_of_the_top_k(load_tiny) -> None:
+def test_generation_stops_where_the_context_ends(load_tiny) -> None:
+    base = load_tiny()
+    longest = base.max_seq_len
+    prompts = [[20] * (longest - 2), [20] * 5]
+    answers = generate(base, prompts, stop_tokens=[], temperature=0)
+    assert [len(answer) for answer in answers] == [2, 4]
+
+
+def test_generation_draws_from_the_softmax_of_the_top_k() -> None:
     from personas_tune.evaluation.readouts import _draw
 
     logits = torch.tensor([0.0, 1.0, 2.0, -9.0]).repeat(20_000, 1)

@@ -112,7 +112,12 @@ LOGS = {
         {},
         ["row 3", "timestamp '2020-01-01T00:00:01' is not an ISO date with a zone"],
     ),
-    "a day that no month has": ("l.csv", HEADER + "1,a,3,2020-01-01\n1,b,3,2020-02-30\n", {}, ["row 3", "'2020-02-30'"]),
+    "a day that no month has": (
+        "l.csv",
+        HEADER + "1,a,3,2020-01-01\n1,b,3,2020-02-30\n",
+        {},
+        ["row 3", "'2020-02-30'"],
+    ),
     "an empty file": ("l.csv", "", {}, ["l.csv", "empty file"]),
     "a header only": ("l.csv", HEADER, {}, ["no interactions"]),
     "a row too long": ("l.csv", HEADER + "1,a,3,1\n1,b,3,2,9\n", {}, ["row 3", "5 values where 4 belong"]),

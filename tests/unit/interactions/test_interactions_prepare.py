@@ -345,6 +345,14 @@ def test_excluding_another_experiment_s_cohort_leaves_it_out(tmp_path, monkeypat
     assert not set(users[0]) & set(users[1])
 
 
+def test_a_cohort_without_anybody_outside_is_told_that_it_has_no_averages(tmp_path, monkeypatch, capsys):
+    config = {"format": "csv", "path": str(write_csv_log(tmp_path))}
+    assert run_recipe(monkeypatch, tmp_path, config) == 0
+    assert "averages (outside): of 0 items; nobody is outside the cohort" in capsys.readouterr().out
+    assert run_recipe(monkeypatch, tmp_path, config, "data.historical_average=train") == 0
+    assert "averages (train): of 40 items\n" in capsys.readouterr().out
+
+
 def test_a_world_writes_the_oracle_of_the_cohort_s_test_rows_only(tmp_path, monkeypatch):
     world = {"n_users": 40, "n_items": 60, "n_groups": 3, "mean_interactions": 25}
     config = {"format": "world", "world": world, "cohort": {"n_users": 10}, "split": {"test_rows": 50}}

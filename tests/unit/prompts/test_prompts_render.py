@@ -213,10 +213,13 @@ def test_a_prompt_that_fits_is_left_as_it_is():
 # The answer
 
 
-@pytest.mark.parametrize("scale", [(1, 5, 1), (0.5, 5, 0.5), (0, 100, 1), (-1, 1, 0.25), (1, 10, 1)])
+@pytest.mark.parametrize(
+    "scale", [(1, 5, 1), (0.5, 5, 0.5), (0, 100, 1), (-1, 1, 0.1), (1_000_000, 1_000_002, 1), (0, 0.00002, 0.00001)]
+)
 def test_every_rating_of_a_scale_has_its_label(scale):
     labels = rating_labels(*scale)
     assert [label_of(float(label), labels) for label in labels] == labels
+    assert [label_of(scale[0] + scale[2] * step, labels) for step in range(len(labels))] == labels  # sums round
 
 
 def test_a_rating_off_the_scale_has_none():

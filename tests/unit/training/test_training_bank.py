@@ -72,7 +72,7 @@ def test_a_loss_that_is_not_finite_stops_the_step_and_keeps_nothing_of_it(load_t
         def forward(self, logits, targets):
             return super().forward(logits, targets) * float("nan")
 
-    with pytest.raises(AdapterError, match="adapter a: loss is nan at step 1; lower optimizer.lr"):
+    with pytest.raises(AdapterError, match=r"adapter a: loss is nan at step 1; lower optimizer\.lr"):
         train_bank(base.model, base.bank, [job], Broken(), SETTINGS, base.tokenizer.pad_id)
     assert all(torch.equal(before[key], weight) for key, weight in adapter.state_dict().items())
     assert all(weight.grad is None for weight in adapter.masters.values())

@@ -101,6 +101,11 @@ def test_a_subsample_is_exact_in_total_and_even_over_users(samples, data, seed):
     assert chosen == subsample_per_user(samples, n_rows, seed)
 
 
+def test_of_equal_remainders_the_earlier_users_come_first():
+    samples = samples_of([10, 6, 4, 5, 3])  # half of them: 5, 3, 2, 2.5 and 1.5
+    assert list(per_user(samples, subsample_per_user(samples, 14, 1)).values()) == [5, 3, 2, 3, 1]
+
+
 def test_the_largest_remainders_get_what_rounding_leaves():
     samples = samples_of([5, 3, 2])  # 6 of 10 rows: 3.0, 1.8 and 1.2
     assert per_user(samples, subsample_per_user(samples, 6, 0)) == {"u000": 3, "u001": 2, "u002": 1}
