@@ -23,6 +23,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -103,13 +104,20 @@ def benchmark(name: str, size: Size, folder: Path) -> None:
         print(f"{name}: plain pandas  not installed here")
         return
     peer = measure([sys.executable, str(script), str(folder), "dat" if size.dat else "csv"])
-    print(
-        f"{name}: plain pandas              {report(peer, size.n_rows)}; ours takes {ours[0] / peer[0]:.2f} of its time"
-    )
+    ratio = ours.seconds / peer.seconds
+    print(f"{name}: plain pandas              {report(peer, size.n_rows)}; ours takes {ratio:.2f} of its time")
 
 
-def measure(command: list[str]) -> tuple[float, float]:
-    """Wall seconds and peak resident GB of a process."""
+class Measured(NamedTuple):
+    """What a process took: wall and CPU seconds, peak resident GB."""
+
+    seconds: float
+    cpu_seconds: float
+    gigabytes: float
+
+
+def measure(command: list[str]) -> Measured:
+    """Run a process to its end."""
     started = time.perf_counter()
     process = subprocess.Popen(command)
     # wait4 and not RUSAGE_CHILDREN, whose peak is that of the largest child so far.
@@ -117,12 +125,13 @@ def measure(command: list[str]) -> tuple[float, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         raise SystemExit(f"{command} failed with {process.returncode}")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024 / 1e9
+    cpu_seconds = usage.ru_utime + usage.ru_stime
+    return Measured(time.perf_counter() - started, cpu_seconds, usage.ru_maxrss * 1024 / 1e9)
 
 
-def report(measured: tuple[float, float], n_rows: int) -> str:
-    seconds, gigabytes = measured
-    return f"{seconds:6.1f} s  peak {gigabytes:.2f} GB  {n_rows / seconds:,.0f} rows/s"
+def report(measured: Measured, n_rows: int) -> str:
+    rows_per_second = n_rows / measured.seconds
+    return f"{measured.seconds:6.1f} s  peak {measured.gigabytes:.2f} GB  {rows_per_second:,.0f} rows/s"
 
 
 def write_log(size: Size, folder: Path) -> Path:

@@ -5,6 +5,7 @@ beside it and moved into place together when the stage has succeeded, ``manifest
 a folder with a manifest is complete and a failed run leaves nothing behind.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -182,10 +183,11 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> "pa.Table":
         raise MissingInputError("file not found", where=str(path), remedy=remedy)
     try:
         table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
+        table.validate(full=True)  # a flipped bit may leave text that is no UTF-8
+        missing = [name for name in columns if name not in table.column_names]
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         first_line = str(error).splitlines()[0]
         raise DataError(f"not a readable Parquet file ({first_line})", where=str(path), remedy=remedy) from error
-    missing = [name for name in columns if name not in table.column_names]
     if missing:
         raise DataError(f"column {', '.join(missing)} is missing", where=str(path), remedy=remedy)
     return table
@@ -213,7 +215,13 @@ def to_json(value: Any) -> str:
 
 
 def sha256_of_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
+    """Hex sha256 of a file's bytes; read once per process while size and time of change stay."""
+    status = path.stat()
+    return _sha256_of_version(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256_of_version(path: Path, size: int, mtime_ns: int) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -57,11 +57,7 @@ def prompt_texts(sources: Sequence[RatingSource], stride: int) -> list[str]:
 
 
 def tokenise_corpora(sources: Sequence[RatingSource], tokenizer: ChatTokenizer, validation_users: int) -> Corpus:
-    """All test rows of the corpora; those of a few users of the first one are held out of all.
-
-    Raises:
-        ConfigError: If no user is left to train on.
-    """
+    """All test rows of the corpora; those of a few users of the first one are held out of all."""
     corpus = Corpus()
     held_out = set(sorted({sample.user_id for sample in sources[0].samples("test")})[:validation_users])
     for number, source in enumerate(sources):
@@ -73,8 +69,6 @@ def tokenise_corpora(sources: Sequence[RatingSource], tokenizer: ChatTokenizer, 
             elif number == 0:
                 corpus.validation_rows.append(row)
                 corpus.validation_ratings.append(sample.rating)
-    if not corpus.rows:
-        raise ConfigError("no user is left to train on", where="base_training.validation_users", remedy="lower it")
     return corpus
 
 
@@ -102,6 +96,12 @@ def train_and_save(cfg: DictConfig, sources: Sequence[RatingSource], stage: Stag
     tokenizer.max_seq_len = options.max_seq_len
     chat = ChatTokenizer(tokenizer)
     corpus = tokenise_corpora(sources, chat, options.validation_users)
+    if len(corpus.rows) < options.rows_per_step:
+        raise ConfigError(
+            f"{len(corpus.rows)} rows to train on, one step takes {options.rows_per_step}",
+            where="base_training.rows_per_step",
+            remedy="lower it, lower base_training.validation_users, or bring more users",
+        )
     shape = TinyBaseShape(**{key: options[key] for key in TinyBaseShape.__dataclass_fields__})
     settings = TinyBaseTraining(
         seed=cfg.seed, **{key: options[key] for key in TinyBaseTraining.__dataclass_fields__ if key != "seed"}

@@ -38,6 +38,7 @@ from personas_tune.workspace import (
     missing_inputs,
     open_stage,
     prompt_inputs,
+    read_json,
     read_table,
 )
 
@@ -81,7 +82,7 @@ class PersonaEvalRecipe:
             users,
             read_table(self.workspace.train_samples, COLUMNS["samples"]),
             labels=[float(label) for label in self.source.labels],
-            historical_average=self.cfg.data.historical_average,
+            historical_average=self._made_with()["historical_average"],
             seed=self.cfg.seed,
         )
         for name, baseline in baselines.items():
@@ -102,9 +103,12 @@ class PersonaEvalRecipe:
                 "readout": agent.readout,
             }
             measurement.add_agent(name, readout_values(table, agent.readout), described)
-        return measurement.metrics(
-            historical_average=self.cfg.data.historical_average, traits=self.cfg.data.traits, seed=self.cfg.seed
-        )
+        return measurement.metrics(**self._made_with(), seed=self.cfg.seed)
+
+    def _made_with(self) -> dict[str, Any]:
+        """The leak-relevant settings that the data was really made with, whatever this run's config says."""
+        prepared = read_json(self.workspace.root / "data" / MANIFEST)["settings"]["data"]
+        return {key: prepared[key] for key in ("historical_average", "traits")}
 
     def _find_inputs(self) -> list[Any]:
         """Every file that the evaluation depends on; names all that is missing at once."""
@@ -181,12 +185,7 @@ def recipe_main(cfg: DictConfig) -> None:
     """Predict, measure, write the table and print it."""
     workspace = Workspace.at(cfg.output_dir)
     recipe = PersonaEvalRecipe(cfg)
-    settings = {
-        **config.settings_of(cfg, *SETTINGS),
-        "historical_average": cfg.data.historical_average,
-        "traits": cfg.data.traits,
-    }
-    with open_stage(workspace.root / "eval", settings, recipe.inputs, seed=cfg.seed) as stage:
+    with open_stage(workspace.root / "eval", config.settings_of(cfg, *SETTINGS), recipe.inputs, seed=cfg.seed) as stage:
         if stage.is_current:
             print("persona_eval: eval/ is up to date")
         else:

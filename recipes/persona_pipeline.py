@@ -5,6 +5,7 @@ tune run persona_pipeline --config quickstart.yaml stages=[persona_prepare,perso
 """
 
 import runpy
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -36,9 +37,11 @@ def print_artefacts(cfg: DictConfig) -> None:
         print(f"  {manifest.parent}: {files}")
     if cfg.personas.k == "elbow":
         return
-    config_name = sys.argv[sys.argv.index("--config") + 1] if "--config" in sys.argv else "CONFIG"
     k = cfg.personas.k + 2
-    print(f"\nNext, try: tune run persona_pipeline --config {config_name} personas.k={k} output_dir={root}_k{k}")
+    replaced = ("personas.k=", "output_dir=", "stages=")
+    arguments = [word for word in sys.argv[1:] if not word.startswith(replaced)]
+    command = shlex.join([*arguments, f"personas.k={k}", f"output_dir={root}_k{k}"])
+    print(f"\nNext, try: tune run persona_pipeline {command}")
 
 
 @config.parse

@@ -85,7 +85,10 @@ def load_base(
     """
     raise_together(missing_base_files(model, tokenizer, checkpointer))
     torch_device = _find_device(device)
-    torch_dtype = training.get_dtype(dtype, device=torch_device)
+    try:
+        torch_dtype = training.get_dtype(dtype, device=torch_device)
+    except RuntimeError as error:
+        raise ConfigError(_flat(error), where="dtype", remedy="set dtype=fp32") from error
     with training.set_default_dtype(torch_dtype), torch_device:
         network = _instantiate(model, "model")
     # The bank marks what is trainable before weights come in, so that none of the base is.

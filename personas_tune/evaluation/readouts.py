@@ -176,9 +176,11 @@ def parse_rating(text: str, labels: Sequence[str]) -> float | None:
     Example:
         >>> parse_rating("Rating: 4", ["1", "2", "3", "4", "5"])
         4.0
+        >>> parse_rating("4.0", ["1", "2", "3", "4", "5"])
+        4.0
         >>> parse_rating("45", ["1", "2", "3", "4", "5"]) is None
         True
     """
     alternatives = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
-    match = re.search(rf"(?<![\d.\-])(?:{alternatives})(?!\d|\.\d)", text)
-    return float(match.group()) if match else None
+    match = re.search(rf"(?<![\d.\-])({alternatives})(?:\.0+)?(?!\d|\.\d)", text)
+    return float(match.group(1)) if match else None

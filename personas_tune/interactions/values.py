@@ -35,8 +35,9 @@ def value_problem(column: str, text: str, time: pa.DataType = NUMBER) -> str | N
     if column in ("user_id", "item_id"):
         return None if text.strip() else f"empty {column}"
     if column == "timestamp" and time != NUMBER:
-        wanted = "an ISO date with a zone" if time == ZONED_DATE else "an ISO date without a zone"
-        return None if _is_date(text, time) else f"{column} {text!r} is not {wanted}, as the first row's is"
+        wanted = "with a zone (2024-05-01T12:30:00Z)" if time == ZONED_DATE else "without a zone (2024-05-01 12:30:00)"
+        problem = f"timestamp {text!r} is not an ISO date {wanted}, and the column begins with a date"
+        return None if _is_date(text, time) else problem
     return None if _NUMBER.fullmatch(text.strip()) else f"{column} {text!r} is not a number"
 
 

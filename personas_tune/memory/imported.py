@@ -122,7 +122,9 @@ def _import_memories(
     errors += _leaking_memories(path, leaks)
     errors += _lacking_memories(path, [pair for pair in wanted if pair not in seen], len(wanted))
     _raise_first(errors)
-    notes = _ignored(path, n_foreign, "users outside the cohort") + _ignored(path, n_unknown, "pairs not in data/interactions.parquet")
+    notes = _ignored(path, n_foreign, "users outside the cohort") + _ignored(
+        path, n_unknown, "pairs not in data/interactions.parquet"
+    )
     rows = [(*pair, row["position"], row["rating"], texts[pair]) for pair, row in wanted.items()]
     return memories_table(rows), notes
 

@@ -180,9 +180,7 @@ def _language_loss(
         return loss, loss.item()
     # With the answer said to begin right after the shared prefix, every later token is predicted.
     starts = [shared_length(group) + 1 for group in groups]
-    whole = [
-        [[TokenRow(row.tokens, start)] for row in group] for group, start in zip(groups, starts, strict=True)
-    ]
+    whole = [[[TokenRow(row.tokens, start)] for row in group] for group, start in zip(groups, starts, strict=True)]
     batch = shared_batch(whole, pad_id)
     losses = nn.functional.cross_entropy(answer_logits(model, batch), batch.targets, reduction="none")
     in_answer = torch.cat(

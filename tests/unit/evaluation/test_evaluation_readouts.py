@@ -69,6 +69,7 @@ def test_expected_and_most_likely_ratings_by_hand() -> None:
         ("10", None),
         ("45", None),
         ("4.7", None),
+        ("4.00", 4.0),
         ("-2", None),
         ("", None),
         ("four", None),
@@ -79,7 +80,7 @@ def test_parsing_whole_ratings(text: str, rating: float | None) -> None:
     assert parse_rating(text, ["1", "2", "3", "4", "5"]) == rating
 
 
-@pytest.mark.parametrize(("text", "rating"), [("4.5", 4.5), ("4", 4.0), ("0.5!", 0.5), ("4.25", None), ("5.0", None)])
+@pytest.mark.parametrize(("text", "rating"), [("4.5", 4.5), ("4", 4.0), ("0.5!", 0.5), ("4.25", None), ("5.0", 5.0)])
 def test_parsing_half_star_ratings(text: str, rating: float | None) -> None:
     assert parse_rating(text, HALF_STARS) == rating
 
