@@ -173,6 +173,7 @@ def test_a_byte_order_mark_is_no_part_of_the_header(tmp_path: Path) -> None:
     [
         ("p.jsonl", '{"user_id": "u"', "p.jsonl line 1: not JSON"),
         ("p.jsonl", '["u", "Hi."]', "p.jsonl line 1: not a JSON object"),
+        ("p.jsonl", '{"user_id": "u", "profile": "\\ud83d"}', "p.jsonl line 1: half a character, '\\ud83d'"),
         ("p.parquet", "not parquet", "p.parquet: not a readable Parquet file"),
         ("p.xlsx", "sheet", "p.xlsx: unknown file type '.xlsx'; use .csv, .jsonl, .ndjson, .parquet"),
     ],
