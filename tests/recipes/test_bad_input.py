@@ -837,7 +837,7 @@ BASES = {
     ),
     "a base without users to train on": case(
         "persona_base",
-        "base_training.validation_users | no user is left | lower it",
+        "base_training.rows_per_step | 0 rows to train on | lower base_training.validation_users",
         "base_training.validation_users=6",
         "base_training.vocab_size=400",
     ),
