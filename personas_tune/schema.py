@@ -189,7 +189,6 @@ class BaseTraining(Section):
     num_kv_heads: int = Field(default=6, ge=1)
     intermediate_dim: int = Field(default=512, ge=8)
     max_seq_len: int = Field(default=2048, ge=64)
-    initial_sd: float | None = Field(default=None, gt=0)  # of the weights; None: sqrt(2 / (5 embed_dim))
     epochs: int = Field(default=1, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
     rows_per_step: int = Field(default=64, ge=1)

@@ -106,7 +106,7 @@ def train_and_save(cfg: DictConfig, sources: Sequence[RatingSource], stage: Stag
     settings = TinyBaseTraining(
         seed=cfg.seed, **{key: options[key] for key in TinyBaseTraining.__dataclass_fields__ if key != "seed"}
     )
-    model = build_tiny_base(shape, cfg.seed, options.initial_sd)
+    model = build_tiny_base(shape, cfg.seed)
     n_weights = sum(weight.numel() for weight in model.parameters())
     print(f"persona_base: {n_weights:,} weights, {len(corpus.rows):,} rows of {len(set(corpus.users)):,} users")
     started = time.perf_counter()

@@ -111,19 +111,13 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path, *, spli
     return phi3_mini_tokenizer(str(folder / "tokenizer.model"), special_tokens_path=str(folder / "special_tokens.json"))
 
 
-def build_tiny_base(shape: TinyBaseShape, seed: int, initial_sd: float | None = None) -> nn.Module:
+def build_tiny_base(shape: TinyBaseShape, seed: int) -> nn.Module:
     """A randomly initialised model.
 
-    Weights are normal; those that write to the residual stream are scaled down by sqrt(2 x layers), as
-    GPT-2's are.
-
-    Args:
-        shape: Its sizes.
-        seed: Seeds the weights.
-        initial_sd: Their standard deviation; by default sqrt(2 / (5 d)) (SmallInit, Nguyen and Salazar
-            2019), which at GPT-2's width is its 0.02.
+    Weights are normal with sd sqrt(2 / (5 d)) (SmallInit, Nguyen and Salazar 2019), which at GPT-2's width is
+    its 0.02; those that write to the residual stream are scaled down by sqrt(2 x layers), as GPT-2's are.
     """
-    sd = initial_sd or math.sqrt(2 / (5 * shape.embed_dim))
+    sd = math.sqrt(2 / (5 * shape.embed_dim))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model: nn.Module = phi3(**asdict(shape))
