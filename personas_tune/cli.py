@@ -1,4 +1,4 @@
-"""The ``personas-tune`` command: list and copy what is bundled, and say what this machine lacks."""
+"""The ``personas-tune`` command: list and copy what is bundled, show a user, and say what this machine lacks."""
 
 import argparse
 import difflib
@@ -65,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cp.add_argument("name")
     cp.add_argument("destination", type=Path)
     cp.add_argument("--force", action="store_true", help="overwrite")
+    show = commands.add_parser("show", help="print a user's history, profile as it grew, memories and persona")
+    show.add_argument("user", metavar="USER", help="a user id, as in data/users.parquet")
+    show.add_argument("--in", dest="folder", type=Path, metavar="DIR", help="the output_dir of an experiment")
+    show.add_argument("--html", type=Path, metavar="FILE", help="write a page instead")
     doctor = commands.add_parser("doctor", help="say what is missing on this machine, with the mending command")
     doctor.add_argument("--config", help="also check what this experiment needs")
     parsed = parser.parse_args(arguments)
@@ -72,6 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(exit_status_of(list_bundled))
     if parsed.command == "cp":
         sys.exit(exit_status_of(lambda: copy_bundled(parsed.name, parsed.destination, force=parsed.force)))
+    if parsed.command == "show":
+        from personas_tune.memory.show import show_user
+
+        sys.exit(exit_status_of(lambda: show_user(parsed.user, parsed.folder, parsed.html)))
     from personas_tune.doctor import print_findings
 
     sys.exit(exit_status_of(lambda: print_findings(parsed.config)))

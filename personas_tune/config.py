@@ -104,7 +104,7 @@ def check_experiment(cfg: DictConfig, where: str) -> DictConfig:
     try:
         experiment = Experiment.model_validate(resolved)
     except ValidationError as error:
-        raise_together(_mistakes(error.errors(), where))
+        raise_together(_mistakes(error.errors(), where, plain(cfg)))
         raise
     checked = OmegaConf.create(_with_references(experiment.model_dump(), plain(cfg)))
     assert isinstance(checked, DictConfig)
@@ -276,7 +276,7 @@ def exit_status_of(command: Callable[[], None]) -> int:
     except PersonasTuneError as error:
         for line in error.lines:
             print(f"error: {line}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return error.exit_status
     except KeyboardInterrupt:
         print("interrupted: nothing half-written was kept", file=sys.stderr)
         return 130
@@ -356,16 +356,26 @@ def _bad_reference(error: OmegaConfBaseException, where: str) -> ConfigError:
     return ConfigError(f"{key}: {what}", where=where, remedy=remedy)
 
 
-def _mistakes(entries: Sequence[Any], where: str) -> list[PersonasTuneError]:
+def _mistakes(entries: Sequence[Any], where: str, written: Any) -> list[PersonasTuneError]:
     """pydantic's error entries as our errors, one a key: a union reports every one of its members."""
     by_key: dict[str, list[Any]] = {}
     for entry in entries:
         key = ".".join(str(part) for part in entry["loc"] if not _is_union_tag(str(part)))
         by_key.setdefault(key, []).append(entry)
-    return [mistake for key, group in by_key.items() for mistake in _mistakes_at(key, group, where)]
+    return [mistake for key, group in by_key.items() for mistake in _mistakes_at(key, group, where, written)]
 
 
-def _mistakes_at(key: str, entries: Sequence[Any], where: str) -> list[PersonasTuneError]:
+def _as_written(location: Sequence[Any], written: Any, given: Any) -> Any:
+    """A wrong value, or the reference that it came from: what stands in the environment is not shown."""
+    for part in location:
+        try:
+            written = written[part]
+        except (KeyError, IndexError, TypeError):  # the tag of a union, or a default
+            continue
+    return written if isinstance(written, str) and "${" in written else given
+
+
+def _mistakes_at(key: str, entries: Sequence[Any], where: str, written: Any) -> list[PersonasTuneError]:
     kind, message = entries[0]["type"], entries[0]["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
         return [ConfigError(f"unknown key {key}", where=where, remedy=_nearest_key(entries[0]["loc"]))]
@@ -376,7 +386,7 @@ def _mistakes_at(key: str, entries: Sequence[Any], where: str) -> list[PersonasT
     if key.endswith(".[key]") or kind == "invalid_key":
         remedy = f"use {_should_be(entries[0])}" if kind == "literal_error" else "put it in quotes if it is a name"
         return [ConfigError(f"unknown key {key.removesuffix('.[key]')}", where=where, remedy=remedy)]
-    given = entries[0]["input"]
+    given = _as_written(entries[0]["loc"], written, entries[0]["input"])
     remedy = f"it should be {' or '.join(dict.fromkeys(map(_should_be, entries)))}"
     if kind == "dict_type" and isinstance(given, str) and "." in given:
         remedy = f"write {key}._component_={given}"

@@ -1,7 +1,6 @@
 """What is missing on this machine, each with the command that mends it."""
 
 import importlib
-import os
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -12,6 +11,7 @@ from packaging.requirements import Requirement
 
 from personas_tune.config import base_sections, load_experiment
 from personas_tune.errors import PersonasTuneError
+from personas_tune.llm.settings import ServerSettings, access_to
 
 LOW_DISK_GB = 20
 
@@ -45,10 +45,10 @@ def print_findings(config: str | None) -> None:
         PersonasTuneError: If something that is needed is missing, after all lines are printed.
     """
     cfg = None if config is None else load_experiment(config)
-    device, distiller = (None, None) if cfg is None else (cfg.device, cfg.distill.distiller)
-    findings = [*check_packages(), check_imports(), check_device(device), check_disk(), check_key(distiller)]
+    device = None if cfg is None else cfg.device
+    findings = [*check_packages(), check_imports(), check_device(device), check_disk()]
     if cfg is not None:
-        findings += check_experiment_inputs(cfg)
+        findings += [*check_servers(cfg), *check_experiment_inputs(cfg)]
     for finding in findings:
         print(finding)
     n_missing = sum(not finding.good for finding in findings)
@@ -108,16 +108,25 @@ def check_disk() -> Finding:
     )
 
 
-def check_key(distiller: str | None = None) -> Finding:
-    """Whether an API key is set; only distill.distiller: openai needs one.
-
-    Args:
-        distiller: What an experiment asks for; None if nothing in particular.
-    """
-    if "OPENAI_API_KEY" in os.environ:
-        return Finding(True, "OPENAI_API_KEY is set")
-    what = "OPENAI_API_KEY is not set (only the openai distiller needs it)"
-    return Finding(distiller != "openai", what, "export OPENAI_API_KEY=..., or set distill.distiller=template")
+def check_servers(cfg: DictConfig) -> list[Finding]:
+    """Whether an experiment's language model servers have addresses and, where they need one, a key."""
+    findings = []
+    for section, keys in {
+        "distill": ["distill.distiller"],
+        "embedding": ["personas.embedder", "retrieval.embedder"],
+    }.items():
+        asking = [key for key in keys if OmegaConf.select(cfg, key) == "openai"]
+        if not asking:
+            continue
+        what = f"{', '.join(asking)}: {cfg[section].model}"
+        try:
+            url = access_to(ServerSettings.of(cfg[section])).shown_url
+        except PersonasTuneError as error:
+            offline = " ".join(f"{key}={'template' if key.endswith('distiller') else 'lsa'}" for key in asking)
+            findings.append(Finding(False, f"{what}: {error.what}", f"{error.remedy}; or set {offline}"))
+        else:
+            findings.append(Finding(True, f"{what} at {url}"))
+    return findings
 
 
 def check_experiment_inputs(cfg: DictConfig) -> list[Finding]:

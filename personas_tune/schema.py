@@ -5,7 +5,7 @@ One YAML holds every stage's section. Sections that name torchtune components (`
 mistyped key is an error.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -85,17 +85,90 @@ class Data(Section):
     world: World = Field(default_factory=World)
 
 
-class Distill(Section):
+class Prices(Section):
+    """USD per million tokens, as the server's price list has them."""
+
+    input: float = Field(ge=0)
+    cached_input: float | None = Field(default=None, ge=0)  # null: as input
+    output: float = Field(default=0, ge=0)
+    batch_share: float = Field(default=0.5, gt=0, le=1)  # of these prices, what the Batch API takes
+
+
+class Server(Section):
+    """An OpenAI-compatible server, and how hard and how dearly it may be used."""
+
+    model: str = Field(min_length=1)
+    base_url: str | None = None  # null: OpenAI's, or OPENAI_BASE_URL
+    concurrency: int = Field(default=32, ge=1, le=1000)
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    timeout_s: float = Field(default=120, gt=0)
+    max_retries: int = Field(default=8, ge=0)  # of one call after 408, 409, 429, 5xx and broken connections
+    prices: Prices | None = None
+    max_usd: float | None = Field(default=None, gt=0)
+    max_tokens: int | None = Field(default=None, ge=1)  # input and output of the whole job
+
+    @model_validator(mode="after")
+    def _money_needs_prices(self) -> Self:
+        if self.max_usd is not None and self.prices is None:
+            raise ValueError("max_usd needs prices: {input: ..., output: ...}, in USD per million tokens")
+        return self
+
+
+_NOT_SAMPLING = {"model", "messages", "response_format", "max_tokens", "max_completion_tokens", "stream", "n", "tools"}
+
+
+class Distill(Server):
     distiller: Literal["openai", "template", "file"] = "template"
     path: str | None = None
     memories_path: str | None = None
     batch_size: int = Field(default=10, ge=1, le=10)
     max_words: int = Field(default=2000, ge=20)
-    model: str = "gpt-4o"
-    base_url: str | None = None
-    concurrency: int = Field(default=32, ge=1)
-    max_usd: float | None = Field(default=None, gt=0)
+    model: str = Field(default="gpt-4o", min_length=1)
+    profile_words: int | None = Field(default=None, ge=20)  # null: from tokenizer.max_seq_len
+    memory_words: int = Field(default=60, ge=5)
+    response_format: Literal["json_schema", "json_object", "none"] = "json_schema"
+    # Sent as it stands with each request: temperature, seed, ...
+    sampling: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
+    max_output_tokens: int = Field(default=4096, ge=64)
+    max_tries: int = Field(default=5, ge=1)  # answers asked for before a call is given up
+    max_incomplete: int = Field(default=0, ge=0)  # users that may be left out
+    batch_api: bool = False
+    batch_poll_s: float = Field(default=60, gt=0)
     dry_run: bool = False
+    journal: str | None = None  # null: memory/journal.sqlite
+
+    @field_validator("response_format", mode="before")
+    @classmethod
+    def _yaml_reads_null_as_none(cls, value: object) -> object:
+        return "none" if value is None else value
+
+    @field_validator("sampling")
+    @classmethod
+    def _sampling_must_not_change_what_is_asked(cls, value: dict[str, Any]) -> dict[str, Any]:
+        taken = sorted(value.keys() & _NOT_SAMPLING)
+        if taken:
+            raise ValueError(f"{', '.join(taken)} can't be set here; it takes temperature, top_p, seed and the like")
+        return value
+
+    @model_validator(mode="after")
+    def _answers_must_fit_their_bounds(self) -> Self:
+        n_words = self.batch_size * self.memory_words + (self.profile_words or 0)
+        if self.distiller == "openai" and n_words > self.max_words:
+            raise ValueError(
+                f"an answer may have batch_size {self.batch_size} x memory_words {self.memory_words} + profile_words "
+                f"{self.profile_words or 0} = {n_words} words, more than max_words {self.max_words}; lower one of them"
+            )
+        return self
+
+
+class Embedding(Server):
+    """What embeds for ``personas.embedder`` and ``retrieval.embedder`` other than ``lsa``."""
+
+    model: str = Field(default="text-embedding-ada-002", min_length=1)
+    dimensions: int | None = Field(default=None, ge=1)  # for models that can shorten their vectors
+    inputs_per_request: int = Field(default=256, ge=1, le=2048)
+    path: str | None = None  # sentence-transformers: the folder of a model
 
 
 class Personas(Section):
@@ -222,6 +295,7 @@ class Experiment(Section):
     data: Data = Field(default_factory=Data)
     distill: Distill = Field(default_factory=Distill)
     personas: Personas = Field(default_factory=Personas)
+    embedding: Embedding = Field(default_factory=Embedding)
     retrieval: Retrieval = Field(default_factory=Retrieval)
     prompt: Prompt = Field(default_factory=Prompt)
 

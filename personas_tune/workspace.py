@@ -54,7 +54,9 @@ STAGE_RECIPES = {
     "base": "persona_base",
 }
 
-_RECORDED_PACKAGES = ("torch", "torchtune", "torchao", "numpy", "scikit-learn", "scipy", "pyarrow", "faiss-cpu")
+_RECORDED_PACKAGES = (
+    "torch", "torchtune", "torchao", "numpy", "scikit-learn", "scipy", "pyarrow", "faiss-cpu", "openai",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,16 @@ class Workspace:
     def memories(self) -> Path:
         """A memory per train interaction."""
         return self.root / "memory" / "memories.parquet"
+
+    @property
+    def journal(self) -> Path:
+        """Every paid answer, unless ``distill.journal`` names another file."""
+        return self.root / "memory" / "journal.sqlite"
+
+    @property
+    def left_out(self) -> Path:
+        """Users without texts and why; only there when ``distill.max_incomplete`` let some go."""
+        return self.root / "memory" / "left_out.json"
 
     @property
     def personas(self) -> Path:
@@ -286,11 +298,18 @@ class Stage:
         self._written[name] = target
         return target
 
-    def write_table(self, name: str, table: "pa.Table") -> None:
-        """Write a table as Parquet; equal tables give equal bytes."""
+    def write_table(self, name: str, table: "pa.Table", *, row_group_size: int | None = None) -> None:
+        """Write a table as Parquet; equal tables give equal bytes.
+
+        Args:
+            name: The file.
+            table: Its rows.
+            row_group_size: Rows that are read together; pyarrow's choice if None. Small ones let a reader find one
+                user's rows among millions.
+        """
         import pyarrow.parquet as pq
 
-        pq.write_table(table, self.path(name), compression="zstd")
+        pq.write_table(table, self.path(name), compression="zstd", row_group_size=row_group_size)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write canonical JSON."""

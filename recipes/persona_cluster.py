@@ -6,11 +6,13 @@ Writes personas/personas.parquet, personas/clustering.json, personas/elbow.png, 
     tune run persona_cluster --config quickstart.yaml personas.k=elbow
 """
 
+from pathlib import Path
+
 from omegaconf import DictConfig
 
 from personas_tune import config
-from personas_tune.config import settings_of
-from personas_tune.embedding import make_embedder
+from personas_tune.config import plain, settings_of
+from personas_tune.embedding import EmbeddingSettings, deciding_settings, make_embedder
 from personas_tune.personas.clustering import choose_personas
 from personas_tune.personas.files import clustering_record, personas_table
 from personas_tune.personas.plot import draw_choice
@@ -22,13 +24,15 @@ from personas_tune.workspace import COLUMNS, Workspace, open_stage, read_table
 def recipe_main(cfg: DictConfig) -> None:
     """Group the cohort's users into personas by the similarity of their profiles."""
     workspace = Workspace.at(cfg.output_dir)
-    settings = settings_of(cfg, "personas")
+    embedding = _embedding(cfg, workspace)
+    name = cfg.personas.embedder
+    settings = {"personas": deciding_settings(name, settings_of(cfg, "personas")["personas"], embedding)}
     with open_stage(workspace.root / "personas", settings, [workspace.profiles], seed=cfg.seed) as stage:
         if stage.is_current:
             print(f"personas: up to date in {stage.folder}")
             return
         users = final_profiles(read_table(workspace.profiles, COLUMNS["profiles"]))
-        embedder = make_embedder(cfg.personas.embedder, cfg.personas.dim, cfg.seed, reads="tastes").fit(users.texts)
+        embedder = make_embedder(name, cfg.personas.dim, cfg.seed, "tastes", embedding).fit(users.texts)
         embeddings = embed_profiles(embedder, users.user_ids, users.texts)
         choice = choose_personas(embeddings.vectors, cfg.personas.k, cfg.personas.k_max, cfg.seed)
 
@@ -41,6 +45,16 @@ def recipe_main(cfg: DictConfig) -> None:
     sizes = ", ".join(map(str, choice.clusters.sizes))
     print(f"personas: {len(users.user_ids)} users in {choice.clusters.k} personas of {sizes}; elbow at {choice.elbow}")
     print(f"personas: written to {stage.folder}")
+
+
+def _embedding(cfg: DictConfig, workspace: Workspace) -> EmbeddingSettings:
+    journal = cfg.distill.journal
+    return EmbeddingSettings.of(
+        cfg.embedding,
+        stated_base_url=plain(cfg.embedding)["base_url"],
+        journal=workspace.journal if journal is None else Path(journal).expanduser().absolute(),
+        device=cfg.device,
+    )
 
 
 if __name__ == "__main__":

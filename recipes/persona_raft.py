@@ -1,22 +1,26 @@
 """Give every interaction the memories its prompt will show: the samples to train and test on.
 
 Reads  data/interactions.parquet, data/items.parquet, memory/memories.parquet, personas/personas.parquet
-       (and memory/profiles.parquet with retrieval.query=user_and_item)
+       (and memory/profiles.parquet with retrieval.query=user_and_item, and memory/left_out.json if it is there)
 Writes samples/train.parquet, samples/test.parquet, samples/prompt.json, samples/index/
 
     tune run persona_raft --config quickstart.yaml retrieval.k=3
 """
 
+from pathlib import Path
+
 from omegaconf import DictConfig
 
 from personas_tune import config
-from personas_tune.config import settings_of
-from personas_tune.embedding import make_embedder
+from personas_tune.config import plain, settings_of
+from personas_tune.embedding import EmbeddingSettings, deciding_settings, make_embedder
 from personas_tune.prompts.labels import rating_labels
 from personas_tune.prompts.templates import find_template
 from personas_tune.retrieval.samples import (
     find_memories,
     index_memories,
+    leave_out,
+    read_left_out,
     require_train_memories,
     rows_of_split,
     samples_table,
@@ -31,14 +35,18 @@ def recipe_main(cfg: DictConfig) -> None:
     workspace = Workspace.at(cfg.output_dir)
     find_template(cfg.prompt.template)
     retrieval, scale = cfg.retrieval, cfg.data.rating_scale
+    embedding = _embedding(cfg, workspace)
     settings = {
-        **settings_of(cfg, "retrieval", "prompt"),
+        **settings_of(cfg, "prompt"),
+        "retrieval": deciding_settings(retrieval.embedder, settings_of(cfg, "retrieval")["retrieval"], embedding),
         "rating_scale": dict(scale),
     }
     inputs = [workspace.interactions, workspace.items, workspace.memories, workspace.personas]
     uses_profiles = retrieval.query == "user_and_item"
     if uses_profiles:
         inputs.append(workspace.profiles)
+    if workspace.left_out.exists():
+        inputs.append(workspace.left_out)
 
     with open_stage(workspace.root / "samples", settings, inputs, seed=cfg.seed) as stage:
         if stage.is_current:
@@ -48,12 +56,15 @@ def recipe_main(cfg: DictConfig) -> None:
         memories = read_table(workspace.memories, COLUMNS["memories"])
         personas = read_table(workspace.personas, COLUMNS["personas"])
         items = read_table(workspace.items, COLUMNS["items"])
+        if workspace.left_out in inputs:
+            interactions, note = leave_out(interactions, read_left_out(workspace.left_out))
+            print(f"samples: {note}")
         profiles = ProfilesInTime(read_table(workspace.profiles, COLUMNS["profiles"])) if uses_profiles else None
         train = rows_of_split(interactions, "train")
         require_train_memories(memories, train)
 
         texts = RetrievalTexts(retrieval.query, item_texts(items), profiles, cfg.prompt.profile)
-        embedder = make_embedder(retrieval.embedder, retrieval.dim, cfg.seed)
+        embedder = make_embedder(retrieval.embedder, retrieval.dim, cfg.seed, settings=embedding)
         search = index_memories(embedder, texts, train, memories) if retrieval.k else None
         for split in ("train", "test"):
             rows = rows_of_split(interactions, split)
@@ -74,6 +85,16 @@ def recipe_main(cfg: DictConfig) -> None:
             for name, content in search.files().items():
                 stage.path(f"index/{name}").write_bytes(content)
     print(f"samples: written to {stage.folder}")
+
+
+def _embedding(cfg: DictConfig, workspace: Workspace) -> EmbeddingSettings:
+    journal = cfg.distill.journal
+    return EmbeddingSettings.of(
+        cfg.embedding,
+        stated_base_url=plain(cfg.embedding)["base_url"],
+        journal=workspace.journal if journal is None else Path(journal).expanduser().absolute(),
+        device=cfg.device,
+    )
 
 
 if __name__ == "__main__":

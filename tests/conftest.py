@@ -4,12 +4,14 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from openai_server import Server, start_server
 from tiny import TINY, base_sections, write_experiment
 
 from personas_tune.workspace import Workspace
@@ -47,6 +49,13 @@ def load_tiny(tiny_checkpoint: Path) -> Callable[..., Any]:
     from personas_tune.adapters.base_model import load_base
 
     return lambda **model: load_base(**base_sections(tiny_checkpoint, **model), device="cpu", dtype="fp32")
+
+
+@pytest.fixture
+def openai_server() -> Iterator[Callable[..., Server]]:
+    """Start servers that speak the OpenAI API; keyword arguments are options of ``loopback/options.py``."""
+    with ExitStack() as servers:
+        yield lambda **options: servers.enter_context(start_server(**options))
 
 
 @pytest.fixture(autouse=True)

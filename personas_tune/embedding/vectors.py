@@ -1,7 +1,7 @@
 """Vectors of texts, and the space they lie in."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -58,7 +58,14 @@ class Embedder(Protocol):
         """One vector a text, independent of the other texts."""
 
     def files(self) -> dict[str, bytes]:
-        """All that is needed to load this embedder again, by file name."""
+        """What tells which embedder this is and loads it again, by file name; no secrets."""
+
+
+class Fittable(Protocol):
+    """An embedder before it has seen texts."""
+
+    def fit(self, texts: Sequence[str]) -> Embedder:
+        """The embedder that has learnt from ``texts`` what it has to: its words, or how long its vectors are."""
 
 
 def embed_repeated(embedder: Embedder, texts: Sequence[str]) -> Embeddings:
@@ -66,6 +73,22 @@ def embed_repeated(embedder: Embedder, texts: Sequence[str]) -> Embeddings:
     row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
     rows = np.array([row_of[text] for text in texts], dtype=np.int64)
     return embedder.embed(list(row_of)).take(rows)
+
+
+def in_their_places(texts: Sequence[str], vector_of: Mapping[str, NDArray[np.float32]], space: Space) -> Embeddings:
+    """One row a text; all zero for a text that has no vector."""
+    vectors = np.zeros((len(texts), space.dim), np.float32)
+    for row, text in enumerate(texts):
+        if text in vector_of:
+            vectors[row] = vector_of[text]
+    return Embeddings(vectors, space)
+
+
+def to_unit_length(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Rows scaled to length 1, each by itself; none may be zero."""
+    wide = vectors.astype(np.float64)
+    unit: NDArray[np.float32] = (wide / np.sqrt((wide * wide).sum(axis=1, keepdims=True))).astype(np.float32)
+    return unit
 
 
 def npy_bytes(array: NDArray[Any]) -> bytes:

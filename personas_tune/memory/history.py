@@ -1,7 +1,7 @@
 """What the distillers may read: the cohort's train interactions and the items in them.
 
-:func:`read_histories` is the only place that takes rows out of the interactions table, and it takes
-the train rows. Items that occur in no train row are dropped with them.
+:func:`keep_train` is the only place that takes rows out of the interactions table, and it takes the
+train rows. Items that occur in no train row are dropped with them.
 """
 
 import re
@@ -71,11 +71,15 @@ class History:
     positions: Ints
 
 
+def keep_train(interactions: pa.Table) -> pa.Table:
+    """The train interactions of a table (or record batch), in its order, without time and split."""
+    train = interactions.filter(pc.equal(interactions["split"], "train"))
+    return train.select(["user_id", "item_id", "rating", "position"])
+
+
 def train_rows(interactions: pa.Table) -> pa.Table:
     """The train interactions, sorted by user and position, without time and split."""
-    train = interactions.filter(pc.equal(interactions["split"], "train"))
-    train = train.select(["user_id", "item_id", "rating", "position"])
-    return train.sort_by([("user_id", "ascending"), ("position", "ascending")])
+    return keep_train(interactions).sort_by([("user_id", "ascending"), ("position", "ascending")])
 
 
 def read_histories(interactions: pa.Table, items: pa.Table, user_ids: Sequence[str]) -> tuple[list[History], Catalogue]:
@@ -102,6 +106,25 @@ def read_histories(interactions: pa.Table, items: pa.Table, user_ids: Sequence[s
     return histories, catalogue
 
 
+def raise_missing_items(item_ids: Sequence[str]) -> None:
+    """Say that items of the interactions have no row in the table of items; do nothing for none.
+
+    Raises:
+        DataError: If there are any.
+    """
+    if item_ids:
+        raise DataError(
+            f"{len(item_ids)} items of the interactions are missing, such as {item_ids[0]}",
+            where="items.parquet",
+            remedy="run `tune run persona_prepare --config ...` again",
+        )
+
+
+def title_with_year(title: str, year: int | None) -> str:
+    """A title with its year in brackets, if that is known and not in it already."""
+    return title if year is None or f"({year})" in title else f"{title} ({year})"
+
+
 def words_of(text: str) -> list[str]:
     """The content words of a text, lower-case, each once, in order."""
     words = dict.fromkeys(_WORD.findall(text.lower()))
@@ -121,19 +144,13 @@ def _spans(sorted_ids: list[str]) -> dict[str, slice]:
 def _read_catalogue(items: pa.Table, wanted: set[str]) -> Catalogue:
     rows = [row for row in items.to_pylist() if row["item_id"] in wanted]
     rows.sort(key=lambda row: row["item_id"])
-    missing = sorted(wanted - {row["item_id"] for row in rows})
-    if missing:
-        raise DataError(
-            f"{len(missing)} items of the interactions are missing, such as {missing[0]}",
-            where="items.parquet",
-            remedy="run `tune run persona_prepare --config ...` again",
-        )
+    raise_missing_items(sorted(wanted - {row["item_id"] for row in rows}))
     labels = [_labels(row) for row in rows]
     features = sorted(set().union(*labels)) if labels else []
     numbers = {label: number for number, label in enumerate(features)}
     return Catalogue(
         ids=[row["item_id"] for row in rows],
-        titles=[_title(row["title"] or row["item_id"], row["year"]) for row in rows],
+        titles=[title_with_year(row["title"] or row["item_id"], row["year"]) for row in rows],
         means=np.array([_number(row["mean_rating"]) for row in rows], dtype=np.float64),
         counts=np.array([row["n_ratings"] or 0 for row in rows], dtype=np.int64),
         features=[name for _, name in features],
@@ -159,7 +176,3 @@ def _texts(values: object) -> Iterable[str]:
 
 def _number(value: float | None) -> float:
     return float("nan") if value is None else value
-
-
-def _title(title: str, year: int | None) -> str:
-    return title if year is None or f"({year})" in title else f"{title} ({year})"

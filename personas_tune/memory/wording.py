@@ -1,9 +1,10 @@
-"""From what is known of a user's taste to sentences; all text of the template distiller is here.
+"""From a user's taste to sentences: all text of the template distiller, and words that all distillers share.
 
 Frames are fixed and the vocabulary small, so that a reader (a small language model) finds the same
 fact in the same words for every user, and every genre in exactly one grade.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ _LINKS = {Kind.ERA: ("from", "the "), Kind.PERSON: ("with", ""), Kind.THEME: ("a
 SURPRISE = 0.4  # standard deviations
 
 NARROW, WIDE = 0.2, 0.27  # standard deviation of ratings, as a share of the scale's width
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,18 @@ def label_of(rating: float) -> str:
 def count_words(text: str) -> int:
     """Words between white space."""
     return len(text.split())
+
+
+def shorten(text: str, max_words: int) -> str:
+    """The text with single spaces; what is beyond ``max_words`` words becomes ``...``, itself one of them."""
+    words = text.split()
+    return " ".join(words if len(words) <= max_words else [*words[: max_words - 1], "..."])
+
+
+def squeeze(text: str) -> str:
+    """The text on one line with single spaces, without control characters and halves of characters."""
+    whole = text.encode("utf-8", errors="ignore").decode("utf-8")
+    return " ".join(_CONTROL.sub(" ", whole).split())
 
 
 def write_profile(sentences: Sequence[str], max_words: int) -> str:
@@ -128,6 +143,12 @@ def change_sentence(change: Change, words: DomainWords) -> str:
     return f"Lately I {' and '.join(parts)}." if parts else ""
 
 
+def rating_fact(title: str, rating: float, top: float, others: float | None) -> str:
+    """How a memory begins: ``I gave Heat (1995) 4 of 5; others give it 3.9.``"""
+    average = "" if others is None else f"; others give it {others:.1f}"
+    return f"I gave {shorten(title, MAX_TITLE_WORDS)} {label_of(rating)} of {label_of(top)}{average}."
+
+
 def write_memory(
     title: str,
     rating: float,
@@ -149,8 +170,7 @@ def write_memory(
         max_words: Bound on the whole text; the reason is left out where it doesn't fit.
     """
     bound = min(max_words, MAX_MEMORY_WORDS)
-    average = "" if others is None else f"; others give it {others:.1f}"
-    fact = f"I gave {_shorten(title)} {label_of(rating)} of {label_of(top)}{average}."
+    fact = rating_fact(title, rating, top, others)
     for n_reasons in (2, 1, 0):
         text = f"{fact} {_reason(surprise, reasons, n_reasons)}"
         if count_words(text) <= bound:
@@ -225,8 +245,3 @@ def _percent(share: float) -> str:
 
 def _more_or_less(difference: float) -> str:
     return "more" if difference > 0 else "less"
-
-
-def _shorten(title: str) -> str:
-    words = title.split()
-    return " ".join(words if len(words) <= MAX_TITLE_WORDS else [*words[: MAX_TITLE_WORDS - 1], "..."])

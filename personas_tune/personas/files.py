@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from personas_tune.embedding import load_embedder
+from personas_tune.embedding import EmbeddingSettings, load_embedder
 from personas_tune.embedding.vectors import Space, require_same_space
 from personas_tune.errors import DataError
 from personas_tune.personas.clustering import PersonaChoice, UserClusters, assign_users
@@ -52,16 +52,20 @@ def clustering_record(choice: PersonaChoice, space: Space, rule: int | str) -> d
 
 
 def assign_new_users(
-    workspace: Workspace, user_ids: Sequence[str], profiles: Sequence[str]
+    workspace: Workspace,
+    user_ids: Sequence[str],
+    profiles: Sequence[str],
+    embedding: EmbeddingSettings | None = None,
 ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
     """Give users outside the cohort the nearest persona of a finished ``personas/`` stage.
 
-    Nothing is fitted again.
+    Nothing is fitted again. With ``openai``, profiles that the journal doesn't know are paid for.
 
     Args:
         workspace: The experiment.
         user_ids: Who they are, for messages.
         profiles: Their profiles, written by the distiller that wrote the cohort's.
+        embedding: The means of the embedder, needed by those other than ``lsa``.
 
     Returns:
         Personas and distances to their centres, each of shape ``(n_users,)``.
@@ -69,6 +73,7 @@ def assign_new_users(
     Raises:
         MissingInputError: If the stage hasn't run.
         DataError: If its files don't belong together.
+        ConfigError: If the embedder needs means that aren't given.
         ClusteringError: For each profile without a known word.
     """
     record = read_json(workspace.clustering)
@@ -80,6 +85,6 @@ def assign_new_users(
             where=str(workspace.clustering),
             remedy="run `tune run persona_cluster --config ...` again",
         ) from error
-    embedder = load_embedder(workspace.personas.parent / "embedder")
+    embedder = load_embedder(workspace.personas.parent / "embedder", embedding)
     require_same_space(space, embedder.space, where=str(workspace.clustering))
     return assign_users(embed_profiles(embedder, user_ids, profiles).vectors, centres)

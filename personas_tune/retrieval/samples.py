@@ -3,16 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from personas_tune.embedding import load_embedder
-from personas_tune.embedding.vectors import Embedder, embed_repeated, require_same_space
+from personas_tune.embedding import EmbeddingSettings, load_embedder
+from personas_tune.embedding.vectors import Embedder, Fittable, embed_repeated, require_same_space
 from personas_tune.errors import DataError
 from personas_tune.retrieval.index import MemoryIndex, build_index, retrieve
 from personas_tune.retrieval.texts import RetrievalTexts
+from personas_tune.workspace import read_json
+
+# How many users a message names before it stops.
+_NAMED = 5
 
 
 def rows_of_split(interactions: pa.Table, split: Literal["train", "test"]) -> pa.Table:
@@ -21,11 +25,26 @@ def rows_of_split(interactions: pa.Table, split: Literal["train", "test"]) -> pa
     return rows.sort_by([("user_id", "ascending"), ("position", "ascending")])
 
 
-class Fittable(Protocol):
-    """An embedder before it has seen texts."""
+def read_left_out(path: Path) -> list[str]:
+    """The users that the distiller was allowed to leave without texts, sorted; they have no persona either.
 
-    def fit(self, texts: Sequence[str]) -> Embedder:
-        """The embedder that has learnt from ``texts``."""
+    Raises:
+        DataError: If the file is damaged.
+    """
+    why_of = read_json(path)
+    if not isinstance(why_of, dict):
+        raise DataError(
+            "not a mapping of users to reasons", where=str(path), remedy="run `tune run persona_distill --config ...`"
+        )
+    return sorted(why_of)
+
+
+def leave_out(interactions: pa.Table, user_ids: Sequence[str]) -> tuple[pa.Table, str]:
+    """The interactions of all other users, and a line that says what was left out."""
+    kept = interactions.filter(pc.invert(pc.is_in(interactions["user_id"], pa.array(user_ids, pa.string()))))
+    named = ", ".join(user_ids[:_NAMED]) + (", ..." if len(user_ids) > _NAMED else "")
+    n_rows = interactions.num_rows - kept.num_rows
+    return kept, f"{len(user_ids)} users without a profile ({named}) and their {n_rows} interactions are left out"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,14 +60,19 @@ class MemorySearch:
         return {**self.index.files(), **embedder}
 
     @classmethod
-    def load(cls, folder: Path) -> "MemorySearch":
+    def load(cls, folder: Path, embedding: EmbeddingSettings | None = None) -> "MemorySearch":
         """Read ``samples/index/`` again; it finds what it found when it was written.
+
+        Args:
+            folder: The index's folder.
+            embedding: The means of the embedder, needed by those other than ``lsa``.
 
         Raises:
             MissingInputError: If a file isn't there.
             DataError: If files are damaged or don't belong together.
+            ConfigError: If the embedder needs means that aren't given.
         """
-        embedder, index = load_embedder(folder / "embedder"), MemoryIndex.load(folder)
+        embedder, index = load_embedder(folder / "embedder", embedding), MemoryIndex.load(folder)
         require_same_space(index.space, embedder.space, where=str(folder))
         return cls(embedder, index)
 

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import tomllib
@@ -134,6 +135,89 @@ def test_the_console_script_is_installed(tmp_path):
     script = Path(sys.executable).parent / "personas-tune"
     ran = subprocess.run([script, "ls"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "persona_pipeline" in ran.stdout
+
+
+# show
+
+
+def write_run(output_dir):
+    """A finished experiment with the history of its users."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from tiny import write_experiment
+
+    workspace = write_experiment(Path(output_dir))
+    samples = {"train": workspace.train_samples, "test": workspace.test_samples}
+    parts = [
+        table.append_column("split", pa.array([split] * table.num_rows))
+        for split, table in ((split, pq.read_table(path)) for split, path in samples.items())
+    ]
+    pq.write_table(pa.concat_tables(parts), workspace.interactions)
+    return workspace
+
+
+def test_show_prints_a_user_of_the_only_run(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    write_run("runs/quickstart")
+    status, out, err = run("show", "u1")
+    assert (status, err) == (0, "")
+    assert out.startswith("USER u1\n  rated       6 items, ")
+    assert "persona     persona_cluster hasn't run" in out
+    assert "-- Ratings 1-6 " + "-" * 45 + "\n   1  The " in out
+    assert "    = 1 sentence unchanged\n    - I have seen 0 films.\n    + I have seen 6 films.\n" in out
+    assert run("show", "u1", "--in", "runs/quickstart") == (0, out, "")
+
+
+def test_show_asks_which_of_several_runs_is_meant(run):
+    write_run("runs/a")
+    write_run("runs/b")
+    message = "error: current folder: 2 experiments (runs/a, runs/b); add --in DIR, the output_dir of one\n"
+    assert run("show", "u1") == (2, "", message)
+
+
+def test_show_answers_an_unknown_user_with_the_nearest(run):
+    workspace = write_run("here")
+    for user_id in ("u", "\udcff"):  # the second is what the shell hands over for a byte that is no text
+        status, out, err = run("show", user_id, "--in", "here")
+        assert (status, out, len(err.splitlines())) == (2, "", 1)
+        assert err.startswith(f"error: {workspace.users}: no user ")
+    assert "did you mean u" in run("show", "u", "--in", "here")[2]
+
+
+def test_show_before_there_are_profiles_names_the_recipe(run):
+    profiles = write_run("here").profiles
+    profiles.unlink()
+    assert run("show", "u1", "--in", "here") == (
+        2,
+        "",
+        f"error: {profiles}: file not found; run `tune run persona_distill --config ...` first\n",
+    )
+
+
+def test_show_writes_a_page(run):
+    write_run("here")
+    assert run("show", "u1", "--in", "here", "--html", "u1.html") == (0, "written to u1.html\n", "")
+    assert Path("u1.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_show_survives_a_reader_that_leaves_and_a_terminal_of_few_letters(run, encoding):
+    import pyarrow.parquet as pq
+
+    from personas_tune.memory.tables import profiles_table
+
+    workspace = write_run("here")
+    pq.write_table(profiles_table([("u1", 6, "J'ai vu \N{BLACK STAR} films.")], "file"), workspace.profiles)
+    script = Path(sys.executable).parent / "personas-tune"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    command = [script, "show", "u1", "--in", "here"]
+    shown = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert "J'ai vu \N{BLACK STAR} films.".encode(encoding, "replace") in shown.stdout
+    leaving = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    leaving.stdout.close()
+    assert leaving.stderr.read() == b""
+    leaving.stderr.close()
+    assert leaving.wait() == 0
 
 
 # doctor

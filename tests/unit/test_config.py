@@ -268,6 +268,25 @@ def test_a_section_may_refer_to_another(load):
     assert settings_of(cfg, "bases")["bases"]["b"]["model"] == "${model}"
 
 
+# Distilling
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("distill.max_usd=5", "distill: max_usd needs prices"),
+        ("distill.sampling={stream: true}", "stream can't be set here"),
+        ("distill.memory_words=300", "batch_size 10 x memory_words 300"),
+        ("distill.prices={output: 1}", "key distill.prices.input is missing"),
+        ("distill.concurrency=0", "distill.concurrency is 0; it should be greater than or equal to 1"),
+        ("embedding.inputs_per_request=5000", "embedding.inputs_per_request is 5000"),
+    ],
+)
+def test_settings_of_a_server_are_checked(mistakes, override, told):
+    (line,) = mistakes(MINIMAL, "distill.distiller=openai", override)
+    assert told in line
+
+
 # Secrets
 
 
@@ -289,6 +308,13 @@ def test_settings_and_manifests_never_hold_a_secret(secretive, tmp_path):
     with open_stage(tmp_path / "stage", settings) as stage:
         stage.write_text("a.txt", "a")
     assert "hunter2" not in json.dumps(settings) + (tmp_path / "stage" / "manifest.json").read_text(encoding="utf-8")
+
+
+def test_a_mistake_shows_the_reference_and_not_what_stands_in_the_environment(mistakes, monkeypatch):
+    monkeypatch.setenv("A_SECRET", "hunter2")
+    lines = mistakes("output_dir: run\nseed: '${oc.env:A_SECRET}'\ndistill: {concurrency: '${oc.env:A_SECRET}'}\n")
+    assert any("'${oc.env:A_SECRET}'" in line for line in lines)
+    assert "hunter2" not in " ".join(lines)
 
 
 def test_what_loggers_get_holds_no_secret_and_needs_no_environment(secretive, monkeypatch):

@@ -20,9 +20,10 @@ MAY_IMPORT = {
     "schema": set(),
     "workspace": {"personas_tune", "errors"},
     "config": {"errors", "schema"},
-    "embedding": {"errors", "workspace"},
+    "llm": {"errors", "workspace"},
+    "embedding": {"errors", "workspace", "llm"},
     "interactions": {"errors", "workspace"},
-    "memory": {"errors", "workspace"},
+    "memory": {"errors", "workspace", "llm"},
     "personas": {"errors", "workspace", "embedding"},
     "retrieval": {"errors", "workspace", "embedding"},
     "prompts": {"errors", "schema", "workspace"},
@@ -30,10 +31,10 @@ MAY_IMPORT = {
     "adapters": {"errors", "schema", "workspace", "prompts", "datasets"},
     "training": {"errors", "schema", "workspace", "prompts", "datasets", "adapters"},
     "evaluation": {"errors", "schema", "workspace", "prompts", "datasets", "adapters", "training"},
-    "doctor": {"errors", "schema", "workspace", "config", "adapters"},
-    "cli": {"personas_tune", "errors", "config", "doctor"},
+    "doctor": {"errors", "schema", "workspace", "config", "llm", "adapters"},
+    "cli": {"personas_tune", "errors", "workspace", "config", "memory", "doctor"},
 }
-PARTS_WITHOUT_TORCH = ("embedding", "interactions", "memory", "personas", "retrieval", "prompts")
+PARTS_WITHOUT_TORCH = ("llm", "embedding", "interactions", "memory", "personas", "retrieval", "prompts")
 MODULES_WITHOUT_TORCH = (
     "errors", "schema", "workspace", "config", "cli", "doctor",
     "evaluation.metrics", "evaluation.intervals", "evaluation.baselines", "evaluation.factorisation",
@@ -46,7 +47,10 @@ HOMES = {
     "sklearn": {"embedding", "personas", "evaluation"},
     "sentencepiece": {"training"},
     "matplotlib": {"personas"},
-    "pydantic": {"config", "schema"},
+    "pydantic": {"config", "schema", "memory"},
+    "openai": {"llm"},
+    "sqlite3": {"llm"},
+    "sentence_transformers": {"embedding"},
 }
 KNOWS_CONFIGS = {"config", "doctor", "adapters"}  # may see omegaconf
 

@@ -10,7 +10,7 @@ from threadpoolctl import threadpool_limits
 from personas_tune.embedding import load_embedder, make_embedder
 from personas_tune.embedding.lsa import Lsa
 from personas_tune.embedding.vectors import Space, embed_repeated, require_same_space
-from personas_tune.errors import ConfigError, DataError, MissingInputError
+from personas_tune.errors import DataError, MissingInputError
 
 TEXTS = [
     "A rebel pilot joins a war among the stars",
@@ -179,9 +179,3 @@ def test_vectors_of_different_fits_are_not_compared():
 def test_texts_without_a_word_can_not_be_fitted(texts):
     with pytest.raises(DataError, match=f"{len(texts)} texts"):
         Lsa(dim=2, seed=0).fit(texts)
-
-
-@pytest.mark.parametrize("name", ["openai", "sentence-transformers"])
-def test_an_embedder_that_is_not_built_names_the_one_that_is(name):
-    with pytest.raises(ConfigError, match=f"{name} is not built yet; set personas.embedder=lsa retrieval.embedder=lsa"):
-        make_embedder(name, dim=8, seed=0)

@@ -54,6 +54,14 @@ def users_table(interactions: pa.Table, tiers: tuple[int, int, int] = (1, 2, 3))
     return pa.Table.from_pylist([{"user_id": user_id, **dict(zip(names, tiers, strict=True))} for user_id in user_ids])
 
 
+def counted_users(interactions: pa.Table) -> pa.Table:
+    """The users of an interactions table, with the number of their train rows."""
+    n_train = dict.fromkeys(sorted(interactions["user_id"].to_pylist()), 0)
+    for user_id, split in zip(interactions["user_id"].to_pylist(), interactions["split"].to_pylist(), strict=True):
+        n_train[user_id] += split == "train"
+    return pa.table({"user_id": list(n_train), "n_train": list(n_train.values())})
+
+
 def random_items(rng: np.random.Generator, n_items: int) -> list[dict[str, Any]]:
     """Items with random features; some have no year, summary or average."""
     return [

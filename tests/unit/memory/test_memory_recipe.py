@@ -4,7 +4,7 @@ from pathlib import Path
 import persona_distill
 import pyarrow.parquet as pq
 import pytest
-from memory_tables import random_log
+from memory_tables import counted_users, random_log
 
 
 @pytest.fixture
@@ -12,11 +12,11 @@ def experiment_yaml(tmp_path: Path) -> Path:
     """A prepared experiment's YAML, with its data folder beside it."""
     folder = tmp_path / "run" / "data"
     folder.mkdir(parents=True)
-    names = ("interactions", "items", "users")
-    for name, table in zip(names, random_log(seed=0), strict=True):
-        if name == "users":
-            for column in ("n_train", "n_test", "mean_rating", "activity", "conformity", "diversity"):
-                table = table.append_column(column, table["activity_tier"])
+    interactions, items, users = random_log(seed=0)
+    users = users.append_column("n_train", counted_users(interactions)["n_train"])
+    for column in ("n_test", "mean_rating", "activity", "conformity", "diversity"):
+        users = users.append_column(column, users["activity_tier"])
+    for name, table in {"interactions": interactions, "items": items, "users": users}.items():
         pq.write_table(table, folder / f"{name}.parquet")
     path = tmp_path / "small.yaml"
     path.write_text(f"output_dir: {tmp_path / 'run'}\n", encoding="utf-8")
@@ -35,15 +35,16 @@ def test_it_writes_both_tables_and_then_is_up_to_date(
 ) -> None:
     assert distill(monkeypatch, experiment_yaml) == 0
     folder = experiment_yaml.parent / "run" / "memory"
-    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "memories.parquet", "profiles.parquet"]
-    assert "9 profiles of 3 users and 51 memories written to" in capsys.readouterr().out
+    written = ["index.html", "manifest.json", "memories.parquet", "profiles.parquet"]
+    assert sorted(path.name for path in folder.iterdir()) == written
+    assert "9 profiles of 3 users, 51 memories" in capsys.readouterr().out
     assert distill(monkeypatch, experiment_yaml) == 0
     assert "up to date" in capsys.readouterr().out
 
 
 def test_two_runs_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch, experiment_yaml: Path) -> None:
     folder = experiment_yaml.parent / "run" / "memory"
-    files = [folder / "profiles.parquet", folder / "memories.parquet"]
+    files = [folder / "profiles.parquet", folder / "memories.parquet", folder / "index.html"]
     assert distill(monkeypatch, experiment_yaml) == 0
     first = [path.read_bytes() for path in files]
     (folder / "manifest.json").unlink()
@@ -59,17 +60,32 @@ def test_own_profiles_are_imported(
     assert distill(monkeypatch, experiment_yaml, "distill.distiller=file", f"distill.path={own}") == 0
     out = capsys.readouterr().out
     assert "1 rows of users outside the cohort ignored" in out
-    assert "3 profiles of 3 users and 0 memories" in out
+    assert "3 profiles of 3 users, 0 memories" in out
+
+
+@pytest.mark.parametrize("override", ["distill.concurrency=2", "distill.model=other", "distill.max_tries=9"])
+def test_keys_that_a_distiller_does_not_use_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, experiment_yaml: Path, capsys: pytest.CaptureFixture[str], override: str
+) -> None:
+    assert distill(monkeypatch, experiment_yaml) == 0
+    capsys.readouterr()
+    assert distill(monkeypatch, experiment_yaml, override) == 0
+    assert "up to date" in capsys.readouterr().out
+    assert distill(monkeypatch, experiment_yaml, "distill.batch_size=4") == 0
+    assert "up to date" not in capsys.readouterr().out
+
+
+def test_a_dry_run_of_an_offline_distiller_has_nothing_to_say(
+    monkeypatch: pytest.MonkeyPatch, experiment_yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert distill(monkeypatch, experiment_yaml, "distill.dry_run=true") == 0
+    assert capsys.readouterr().out == "dry run: distill.distiller=template makes no calls\n"
+    assert not (experiment_yaml.parent / "run" / "memory").exists()
 
 
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (
-            ["distill.distiller=openai"],
-            "distill.distiller: openai is not in this version yet; "
-            "use distill.distiller=template (offline) or =file (your own profiles)",
-        ),
         (["distill.distiller=file"], "distill.path: is not set"),
         (["distill.distiller=file", "distill.path=no.csv"], "distill.path: no.csv not found"),
         (["output_dir=elsewhere"], "run `tune run persona_prepare"),

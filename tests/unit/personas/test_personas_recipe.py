@@ -5,9 +5,13 @@ import persona_cluster
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sentence_model import write_model
 
 from personas_tune.config import load_experiment
-from personas_tune.errors import ClusteringError, ConfigError, DataError, MissingInputError
+from personas_tune.embedding import EmbeddingSettings
+from personas_tune.errors import ClusteringError, ConfigError, DataError, JournalError, MissingInputError
+from personas_tune.llm.journal import Journal
+from personas_tune.llm.settings import ServerSettings
 from personas_tune.personas.files import assign_new_users
 from personas_tune.personas.profiles import final_profiles
 from personas_tune.workspace import Workspace
@@ -147,7 +151,7 @@ def test_centres_of_another_fit_are_refused(run):
         (["personas.k=elbow"], [("a", 1, "war"), ("b", 1, "love")], ClusteringError, "no elbow"),
         ([], [("a", 1, "war"), ("b", 1, "  "), ("c", 1, None)], ClusteringError, "user b, c: 2 of 3 profiles"),
         ([], [], ClusteringError, "no user has a profile"),
-        (["personas.embedder=openai"], profile_rows(), ConfigError, "personas.embedder=lsa"),
+        (["personas.embedder=sentence-transformers"], profile_rows(), ConfigError, "embedding.path: no folder"),
         ([], None, MissingInputError, "persona_distill"),
     ],
 )  # fmt: skip
@@ -156,6 +160,96 @@ def test_what_can_not_be_clustered_is_told_in_a_line_and_leaves_nothing(run, tmp
         run(*overrides, rows=rows)
     assert len(caught.value.lines) == 1
     assert not (tmp_path / "one" / "personas").exists()
+
+
+def files_below(workspace):
+    return [path for path in workspace.root.rglob("*") if path.is_file()]
+
+
+def test_profiles_are_embedded_by_a_server_and_each_is_paid_for_once(run, openai_server, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "canary-in-the-key")
+    server = openai_server(api_key="canary-in-the-key")
+    overrides = ["personas.embedder=openai", f"embedding.base_url={server.base_url}", "personas.k=3"]
+    workspace = run(*overrides, rows=profile_rows())
+    texts = list(dict.fromkeys(text for _, upto, text in profile_rows() if upto == 20))
+    assert [entry["usage"]["prompt_tokens"] for entry in server.billed()] == [sum(len(text) // 4 for text in texts)]
+    assert pq.read_table(workspace.personas)["persona"].to_pylist() == [0] * 7 + [1] * 5 + [2] * 3
+    first = outputs(workspace)
+    assert {"clustering.json", "embedder/embedder.json"} < set(first)
+
+    run(*overrides, "embedding.concurrency=2", "personas.dim=9", "embedding.prices={input: 1}", "embedding.max_usd=1")
+    assert "up to date" in capsys.readouterr().out
+    (workspace.root / "personas" / "manifest.json").unlink()
+    run(*overrides)
+    assert outputs(workspace) == first
+    assert len(server.billed()) == 1
+
+    run(*overrides, rows=[*profile_rows(), ("u99", 20, "I like the sea and letters, and romance")])
+    assert [entry["usage"]["prompt_tokens"] for entry in server.billed()[1:]] == [9]
+    assert pq.read_table(workspace.personas)["persona"].to_pylist()[-1] == 1
+    assert not [path for path in files_below(workspace) if b"canary-in-the-key" in path.read_bytes()]
+
+
+def test_the_space_of_a_servers_vectors_is_in_the_record(run, openai_server):
+    server = openai_server(dimensions=24)
+    address = server.base_url.replace("http://", "http://me:hidden-word@")
+    workspace = run("personas.embedder=openai", f"embedding.base_url={address}", "personas.k=3", rows=profile_rows())
+    space = json.loads(workspace.clustering.read_text())["embedder"]
+    stored = json.loads((workspace.personas.parent / "embedder" / "embedder.json").read_text())
+    assert (space["embedder"], space["dim"]) == ("openai", 24)
+    assert stored["space"] == space
+    assert stored["base_url"] == server.base_url
+    settings = json.loads((workspace.root / "personas" / "manifest.json").read_text())["settings"]["personas"]
+    assert settings["embedder"] == "openai"
+    assert settings["embedding"]["model"] == "text-embedding-ada-002"
+    assert not [path for path in files_below(workspace) if b"hidden-word" in path.read_bytes()]
+
+
+def test_new_users_join_by_a_server_and_only_their_texts_are_paid_for(run, openai_server):
+    server = openai_server()
+    overrides = ["personas.embedder=openai", f"embedding.base_url={server.base_url}", "personas.k=3"]
+    workspace = run(*overrides, rows=profile_rows())
+    settings = EmbeddingSettings(ServerSettings("any", server.base_url), workspace.journal)
+    old = [text for _, upto, text in profile_rows() if upto == 20][-2:]
+    personas, _ = assign_new_users(
+        workspace, ["x", "y", "z"], ["I like weddings, slapstick and comedy", *old], settings
+    )
+    assert personas.tolist() == [2, 2, 2]
+    assert [entry["usage"]["prompt_tokens"] for entry in server.billed()[1:]] == [9]
+    with pytest.raises(ConfigError, match="embedder openai needs a server and a journal"):
+        assign_new_users(workspace, ["x"], old[:1])
+    with pytest.raises(ClusteringError, match="user x: 1 of 1 profiles without a word"):
+        assign_new_users(workspace, ["x"], [" "], settings)
+
+
+def test_another_recipe_on_the_journal_is_told(run, openai_server, tmp_path):
+    server, journal = openai_server(), tmp_path / "elsewhere" / "paid.sqlite"
+    overrides = ["personas.embedder=openai", f"embedding.base_url={server.base_url}", f"distill.journal={journal}"]
+    with Journal.open(journal), pytest.raises(JournalError, match=r"paid\.sqlite: .* is using it"):
+        run(*overrides, rows=profile_rows())
+    assert not (tmp_path / "one" / "personas").exists()
+    workspace = run(*overrides)
+    assert journal.stat().st_size > 0
+    assert not workspace.journal.exists()
+
+
+def test_profiles_are_embedded_by_a_model_on_this_machine(run, tmp_path):
+    model = write_model(tmp_path / "model")
+    overrides = ["personas.embedder=sentence-transformers", f"embedding.path={model}", "personas.k=2"]
+    rows = [("a", 1, "war war"), ("b", 1, "war"), ("c", 1, "quiet love"), ("d", 1, "love quiet")]
+    workspace = run(*overrides, rows=rows)
+    personas = pq.read_table(workspace.personas)["persona"].to_pylist()
+    assert personas[0] == personas[1] != personas[2] == personas[3]
+    assert json.loads(workspace.clustering.read_text())["embedder"]["dim"] == 16
+    assert assign_new_users(workspace, ["x"], ["war war war"])[0].tolist() == personas[:1]
+
+    before = outputs(workspace)
+    moved = model.rename(tmp_path / "moved")
+    run(*overrides[:1], f"embedding.path={moved}", "personas.k=2")
+    assert outputs(workspace) == before
+    write_model(tmp_path / "other", seed=1)
+    run(*overrides[:1], f"embedding.path={tmp_path / 'other'}", "personas.k=2")
+    assert outputs(workspace)["clustering.json"] != before["clustering.json"]
 
 
 def test_one_user_can_be_one_persona(run):

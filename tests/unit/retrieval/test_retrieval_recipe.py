@@ -2,13 +2,20 @@ import json
 
 import numpy as np
 import persona_raft
+import pyarrow as pa
 import pytest
 
+from personas_tune.embedding import EmbeddingSettings
 from personas_tune.errors import ConfigError, DataError, MissingInputError
+from personas_tune.llm.settings import ServerSettings
 from personas_tune.retrieval.samples import MemorySearch
-from personas_tune.retrieval.texts import item_text
+from personas_tune.retrieval.texts import ProfilesInTime, RetrievalTexts, item_text, item_texts
 
 QUERIES = ("item", "user_and_item")
+
+
+def by_server(server):
+    return ["retrieval.embedder=openai", f"embedding.base_url={server.base_url}", "embedding.inputs_per_request=8"]
 
 
 def brute_force_positions(experiment, sample, search, k, is_allowed):
@@ -171,6 +178,112 @@ def test_a_user_without_a_persona_is_named(make_experiment):
         experiment.write().run(persona_raft)
 
 
+def test_items_are_embedded_by_a_server_and_each_is_paid_for_once(make_experiment, openai_server, capsys):
+    server, experiment = openai_server(), make_experiment().write()
+    experiment.run(persona_raft, "retrieval.k=3", *by_server(server))
+    settings = EmbeddingSettings(ServerSettings("any", server.base_url), experiment.workspace.journal)
+    search = MemorySearch.load(experiment.workspace.root / "samples" / "index", settings)
+    assert (search.index.space.embedder, search.index.space.dim) == ("openai", 64)
+    for sample in experiment.samples("train")[:12] + experiment.samples("test")[:6]:
+        own = sample["position"]
+        expected = brute_force_positions(experiment, sample, search, 3, lambda p, own=own: p != own)
+        assert sample["memory_positions"] == expected
+    seen = {row["item_id"] for row in experiment.interactions}
+    texts = {item_text(item) for item in experiment.items if item["item_id"] in seen}
+    assert sum(entry["usage"]["prompt_tokens"] for entry in server.billed()) == sum(len(text) // 4 for text in texts)
+
+    n_billed, first = len(server.billed()), experiment.files("samples")
+    capsys.readouterr()
+    experiment.run(persona_raft, "retrieval.k=3", *by_server(server), "embedding.timeout_s=9", "retrieval.dim=9")
+    assert "up to date" in capsys.readouterr().out
+    (experiment.workspace.root / "samples" / "manifest.json").unlink()
+    experiment.run(persona_raft, "retrieval.k=3", *by_server(server))
+    assert experiment.files("samples") == first
+    experiment.run(persona_raft, "retrieval.k=2", *by_server(server))
+    assert len(server.billed()) == n_billed
+
+
+def test_one_more_user_pays_for_its_own_texts_alone(make_experiment, openai_server):
+    server, experiment = openai_server(), make_experiment()
+    overrides = ["retrieval.query=user_and_item", *by_server(server)]
+    kinds = ("interactions", "memories", "profiles", "personas")
+    all_rows = {kind: getattr(experiment, kind) for kind in kinds}
+    for kind in kinds:
+        setattr(experiment, kind, [row for row in all_rows[kind] if row["user_id"] != "u5"])
+    experiment.write().run(persona_raft, *overrides)
+    n_billed, before = len(server.billed()), experiment.samples("train")
+    for kind in kinds:
+        setattr(experiment, kind, all_rows[kind])
+    experiment.write().run(persona_raft, *overrides)
+    assert [row for row in experiment.samples("train") if row["user_id"] != "u5"] == before
+
+    items = item_texts(pa.Table.from_pylist(experiment.items))
+    texts = RetrievalTexts("user_and_item", items, ProfilesInTime(pa.Table.from_pylist(experiment.profiles)))
+
+    def texts_of(is_asked):
+        rows = {kind: pa.Table.from_pylist([row for row in all_rows[kind] if is_asked(row)]) for kind in kinds}
+        return {*texts.keys(rows["memories"]), *texts.queries(rows["interactions"])}
+
+    new = texts_of(lambda row: row["user_id"] == "u5") - texts_of(lambda row: row["user_id"] != "u5")
+    paid = sum(entry["usage"]["prompt_tokens"] for entry in server.billed()[n_billed:])
+    assert paid == sum(len(text) // 4 for text in new)
+
+
+def test_an_item_without_a_text_is_never_sent(make_experiment, openai_server):
+    server, experiment = openai_server(), make_experiment()
+    wordless = experiment.interactions[0]["item_id"]
+    item = next(item for item in experiment.items if item["item_id"] == wordless)
+    item.update(title="...", summary=None, genres=[], cast=[], year=None)
+    experiment.write().run(persona_raft, "retrieval.k=99", *by_server(server))
+    for sample in experiment.samples("train") + experiment.samples("test"):
+        assert (sample["memory_positions"] == []) == (sample["item_id"] == wordless)
+
+
+def test_users_that_the_distiller_left_out_have_no_samples(make_experiment, capsys):
+    whole, partial = make_experiment("whole").write(), make_experiment("partial")
+    for kind in ("personas", "memories", "profiles"):
+        setattr(partial, kind, [row for row in getattr(partial, kind) if row["user_id"] not in ("u2", "u4")])
+    partial.write().workspace.left_out.write_text(json.dumps({"u4": "refused", "u2": "3 answers were no JSON"}))
+    whole.run(persona_raft, "retrieval.query=user_and_item", "retrieval.dim=99")
+    capsys.readouterr()
+    partial.run(persona_raft, "retrieval.query=user_and_item", "retrieval.dim=99")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "samples: 2 users without a profile (u2, u4) and their 24 interactions are left out"
+    assert len(printed) == 4
+    for split in ("train", "test"):
+        kept = [row for row in whole.samples(split) if row["user_id"] not in ("u2", "u4")]
+        columns = ("user_id", "item_id", "position", "rating", "persona")
+        assert [[row[c] for c in columns] for row in partial.samples(split)] == [
+            [row[c] for c in columns] for row in kept
+        ]
+        assert all(len(row["memory_positions"]) == 1 for row in partial.samples(split))
+    partial.run(persona_raft, "retrieval.query=user_and_item", "retrieval.dim=99")
+    assert "up to date" in capsys.readouterr().out
+
+
+def test_who_is_left_out_is_an_input_of_the_samples(make_experiment, capsys):
+    experiment = make_experiment().write()
+    experiment.workspace.left_out.write_text("{}")
+    experiment.run(persona_raft)
+    experiment.workspace.left_out.write_text('{"u0": "refused"}')
+    with pytest.raises(DataError, match=r"user u0 .*a memory of no train interaction"):
+        experiment.run(persona_raft)
+    experiment.workspace.left_out.write_text('["u0"]')
+    with pytest.raises(
+        DataError, match=r"left_out.json: not a mapping of users to reasons; run `tune run persona_dist"
+    ):
+        experiment.run(persona_raft)
+
+
+def test_a_user_without_a_persona_who_is_not_listed_is_an_error(make_experiment):
+    experiment = make_experiment()
+    experiment.personas = experiment.personas[2:]
+    experiment.memories = [row for row in experiment.memories if row["user_id"] not in ("u0", "u1")]
+    experiment.write().workspace.left_out.write_text('{"u0": "refused"}')
+    with pytest.raises(DataError, match="user u1: no persona for 1 of 5 users"):
+        experiment.run(persona_raft)
+
+
 def test_a_missing_stage_is_named_with_its_recipe(make_experiment):
     experiment = make_experiment().write()
     experiment.workspace.personas.unlink()
@@ -178,10 +291,10 @@ def test_a_missing_stage_is_named_with_its_recipe(make_experiment):
         experiment.run(persona_raft)
 
 
-def test_an_embedder_that_is_not_built_leaves_nothing_behind(make_experiment):
+def test_an_embedder_without_its_model_leaves_nothing_behind(make_experiment):
     experiment = make_experiment().write()
-    with pytest.raises(ConfigError, match="not built yet"):
-        experiment.run(persona_raft, "retrieval.embedder=openai")
+    with pytest.raises(ConfigError, match=r"embedding\.path: no folder of a model is given"):
+        experiment.run(persona_raft, "retrieval.embedder=sentence-transformers")
     assert sorted(path.name for path in experiment.workspace.root.iterdir()) == ["data", "memory", "personas"]
 
 

@@ -1,0 +1,1 @@
+"""A journalled, rate-limited client of OpenAI-compatible servers."""

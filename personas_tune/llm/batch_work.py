@@ -1,0 +1,220 @@
+"""Looks after all shards of a job until they are collected."""
+
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from openai.types import Batch
+
+from personas_tune.errors import PersonasTuneError, ServerError
+from personas_tune.llm.batch_collect import Gain, collect
+from personas_tune.llm.batch_launch import Launcher
+from personas_tune.llm.batch_ledger import Ledger, Shard
+from personas_tune.llm.batch_server import MOST_FAILURES, BatchServer, Unsure
+from personas_tune.llm.batch_stop import Stop
+from personas_tune.llm.budget import Budget
+from personas_tune.llm.failures import remedy_for, verdict_on, words_of
+from personas_tune.llm.journal import Journal, Usage
+
+OVER = ("completed", "expired", "cancelled")
+OVER_LIMIT = "token_limit_exceeded"
+LONGEST_WAIT = 32  # in polls, for room among the enqueued tokens
+_LIMIT = re.compile(r"Limit: ([\d,]+)")
+
+
+class Work:
+    """The shards of a job, on their way through the Batch API.
+
+    Args:
+        ledger: Says how far each has come.
+        journal: Takes the answers.
+        server: Gives them.
+        budget: What the job may spend.
+        folder: Where the files lie.
+        poll_s: Time between two looks at the batches under way.
+        stop: Ends waits.
+        note: Tells the user what goes on.
+
+    Attributes:
+        most_tokens: How many input tokens a shard may have; no bound is known if None.
+    """
+
+    def __init__(
+        self, ledger: Ledger, journal: Journal, server: BatchServer, budget: Budget, folder: Path, poll_s: float,
+        stop: Stop, note: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.most_tokens: int | None = None
+        self._ledger, self._journal, self._server, self._budget = ledger, journal, server, budget
+        self._folder, self._poll_s, self._stop, self._note = folder, poll_s, stop, note
+        self._launcher = Launcher(ledger, server, folder)
+        self._end: PersonasTuneError | None = None
+        self._n_unsure = 0  # launches in a row
+        self._n_full = 0  # batches in a row for which there was no room
+        self._next_launch = 0.0  # monotonic seconds
+        self._counts: dict[int, tuple[int, int]] = {}  # of each shard: answered, in all
+        self._told = ""
+
+    def resume(self) -> None:
+        """Come back to what earlier runs had sent."""
+        self._launcher.resume(self._poll_s, self._stop, self._note)
+        for shard in self._ledger.shards("created"):
+            self._budget.reserve(shard.estimate)
+
+    @property
+    def is_left(self) -> bool:
+        """Whether there is any shard to look after."""
+        return bool(self._waiting() or self._ledger.shards("created"))
+
+    def work_off(self) -> None:
+        """Look after all shards until they are collected, or until some have to be made smaller.
+
+        Raises:
+            ServerError: If the server turns batches away, or says that it won't answer.
+            BudgetError: If the budget is spent; all that was under way is collected then.
+        """
+        most_tokens = self.most_tokens
+        self._counts = {}
+        while True:
+            self._launch()
+            under_way = self._ledger.shards("created")
+            if not under_way and (self._end is not None or not self._waiting()):
+                break
+            self._stop.sleep(self._poll_s)
+            self._look_at(self._ledger.shards("created"))
+            if self.most_tokens != most_tokens:
+                return
+        if self._end is not None:
+            raise self._end
+
+    def _waiting(self) -> list[Shard]:
+        return self._ledger.shards("intended", "uploading", "uploaded", "creating")
+
+    def _launch(self) -> None:
+        """Launch what may be launched; one at a time where there was no room for all."""
+        if self._end is not None:
+            return
+        for shard in self._waiting():
+            if time.monotonic() < self._next_launch or not self._get_there(shard):
+                return
+            self._counts[shard.id] = (0, shard.n_requests)
+            if self._n_full:
+                self._next_launch = time.monotonic() + self._poll_s
+
+    def _get_there(self, shard: Shard) -> bool:
+        """Whether the shard's batch is at the server now; else it has to wait for money or for the server."""
+        try:
+            if not self._launcher.adopt(shard):
+                if not self._is_affordable(shard):
+                    return False
+                self._launcher.launch(shard)
+        except Unsure as failure:
+            self._try_later(failure)
+            return False
+        self._n_unsure = 0
+        self._budget.reserve(shard.estimate)
+        return True
+
+    def _is_affordable(self, shard: Shard) -> bool:
+        if self._budget.allows(shard.estimate, "batch"):
+            return True
+        if not self._ledger.shards("created"):
+            raise self._budget.error(shard.estimate, str(self._journal.path), "batch")
+        return False
+
+    def _try_later(self, failure: Unsure) -> None:
+        self._n_unsure += 1
+        if self._n_unsure >= MOST_FAILURES:
+            raise self._server.down(self._n_unsure)
+        self._note(f"{failure}; looking whether it was done, then trying again")
+        self._next_launch = time.monotonic() + max(self._poll_s, failure.wait_s or 0.0)
+
+    def _look_at(self, shards: list[Shard]) -> None:
+        turned_away: list[ServerError] = []
+        for shard in shards:
+            batch = self._server.batch(shard.batch_id or "")
+            if batch.request_counts is not None:
+                self._counts[shard.id] = (batch.request_counts.completed, shard.n_requests)
+            if batch.status == "failed":
+                turned_away += self._turn_away(shard, batch)
+            elif _is_over(batch):
+                self._collect(shard, batch)
+        self._tell()
+        if turned_away:
+            raise turned_away[0]
+
+    def _collect(self, shard: Shard, batch: Batch) -> None:
+        gain = collect(
+            shard, batch, server=self._server, ledger=self._ledger, journal=self._journal, folder=self._folder,
+            stop=self._stop,
+        )  # fmt: skip
+        self._budget.settle(shard.estimate, gain.usage, "batch")
+        self._counts[shard.id] = (gain.n_answered, shard.n_requests)
+        self._n_full, self._next_launch = min(self._n_full, 1), 0.0
+        self._end = self._end or self._reason_to_end(shard, batch, gain)
+
+    def _reason_to_end(self, shard: Shard, batch: Batch, gain: Gain) -> ServerError | None:
+        reply = gain.objection
+        if reply is not None and (verdict_on(reply) == "stop" or not self._has_answers(shard)):
+            return ServerError(words_of(reply), where=self._server.where, remedy=remedy_for(reply))
+        if batch.status == "cancelled":
+            remedy = "its answers are kept; run the same command to ask for the rest"
+            return ServerError("cancelled at the server", where=f"batch {batch.id}", remedy=remedy)
+        return None
+
+    def _has_answers(self, shard: Shard) -> bool:
+        return any(total.status == "answered" for total in self._journal.totals(shard.model))
+
+    def _turn_away(self, shard: Shard, batch: Batch) -> list[ServerError]:
+        """A batch failed as a whole, so that nothing of it is paid for: make room for it, or say why."""
+        self._budget.settle(shard.estimate, Usage(), "batch")
+        self._counts.pop(shard.id, None)
+        errors = (batch.errors and batch.errors.data) or []
+        words = (
+            " ".join(f"{error.message or error.code}{_line(error.line)}" for error in errors[:3]) or "no reason given"
+        )
+        if OVER_LIMIT not in {error.code for error in errors}:
+            self._launcher.give_up(shard)
+            return [ServerError(words, where=f"batch {batch.id} failed", remedy="mend it, then run the same command")]
+        self._n_full += 1
+        self._next_launch = time.monotonic() + self._poll_s * min(2**self._n_full, LONGEST_WAIT)
+        self._note(f"{words} (waiting for room)")
+        self._make_room_for(shard, words)
+        return []
+
+    def _make_room_for(self, shard: Shard, words: str) -> None:
+        """Have it made smaller if it won't ever fit; else ask for it again when another is done, or later."""
+        found = _LIMIT.search(words)
+        limit = int(found[1].replace(",", "")) if found else sys.maxsize
+        is_alone = len(self._ledger.shards("created")) == 1
+        if shard.estimate.input_tokens <= (limit // 2 if is_alone else limit):
+            self._ledger.ask_anew(shard)
+            return
+        self.most_tokens = max(1, limit // 2)
+        self._launcher.give_up(shard)
+        for each in self._ledger.shards("intended", "uploaded"):
+            if each.estimate.input_tokens > self.most_tokens:
+                self._launcher.drop(each)
+
+    def _tell(self) -> None:
+        """Say how far all are, if that is news."""
+        n_left = len(self._ledger.shards("intended", "uploading", "uploaded", "creating", "created"))
+        done, asked = (sum(count[place] for count in self._counts.values()) for place in (0, 1))
+        words = (
+            f"wave {self._ledger.wave}: {n_left} batches to go, {done} of {asked} requests sent are answered, "
+            f"{self._budget}"
+        )
+        if words != self._told:
+            self._told = words
+            self._note(words)
+
+
+def _is_over(batch: Batch) -> bool:
+    """Whether nothing more will come, and what came can be fetched."""
+    n_answered = batch.request_counts.completed if batch.request_counts else 0
+    return batch.status in OVER and (batch.output_file_id is not None or n_answered == 0)
+
+
+def _line(number: int | None) -> str:
+    return "" if number is None else f" (line {number})"
