@@ -105,9 +105,10 @@ class Workspace:
         """A memory per train interaction."""
         return self.root / "memory" / "memories.parquet"
 
-    @property
-    def journal(self) -> Path:
-        """Every paid answer, unless ``distill.journal`` names another file."""
+    def journal(self, elsewhere: str | None) -> Path:
+        """Every paid answer: in the file that ``distill.journal`` names, or in the experiment's own for None."""
+        if elsewhere is not None:
+            return Path(elsewhere).expanduser().absolute()
         return self.root / "memory" / "journal.sqlite"
 
     @property

@@ -6,7 +6,6 @@ Writes personas/personas.parquet, personas/clustering.json, personas/elbow.png, 
     tune run persona_cluster --config quickstart.yaml personas.k=elbow
 """
 
-from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -48,11 +47,10 @@ def recipe_main(cfg: DictConfig) -> None:
 
 
 def _embedding(cfg: DictConfig, workspace: Workspace) -> EmbeddingSettings:
-    journal = cfg.distill.journal
     return EmbeddingSettings.of(
         cfg.embedding,
         stated_base_url=plain(cfg.embedding)["base_url"],
-        journal=workspace.journal if journal is None else Path(journal).expanduser().absolute(),
+        journal=workspace.journal(cfg.distill.journal),
         device=cfg.device,
     )
 

@@ -118,7 +118,7 @@ def _write_at_once(cfg: DictConfig, tables: tuple[Path, ...], stage: Stage) -> l
 
 def _ask_model(cfg: DictConfig, workspace: Workspace, stage: Stage) -> list[str]:
     server = ServerSettings.of(cfg.distill)
-    journal = _journal(cfg, workspace)
+    journal = workspace.journal(cfg.distill.journal)
     report = distill_by_model(
         _sources(workspace),
         _reflection(cfg),
@@ -142,7 +142,7 @@ def _print_estimate(cfg: DictConfig, workspace: Workspace) -> None:
     sources, server = _sources(workspace), ServerSettings.of(cfg.distill)
     histories = stream_histories(sources.interactions, sources.items, sources.users)
     n_train = count_train_rows(sources.users)
-    journal = _journal(cfg, workspace)
+    journal = workspace.journal(cfg.distill.journal)
     if journal.is_file():
         with Journal.open(journal) as answers:
             estimate = estimate_distillation(histories, n_train, _reflection(cfg), answers)
@@ -154,10 +154,6 @@ def _print_estimate(cfg: DictConfig, workspace: Workspace) -> None:
 
 def _sources(workspace: Workspace) -> Sources:
     return Sources(workspace.interactions, workspace.items, workspace.users)
-
-
-def _journal(cfg: DictConfig, workspace: Workspace) -> Path:
-    return workspace.journal if cfg.distill.journal is None else Path(cfg.distill.journal).expanduser().absolute()
 
 
 def _reflection(cfg: DictConfig) -> ReflectionSettings:

@@ -7,7 +7,6 @@ Writes samples/train.parquet, samples/test.parquet, samples/prompt.json, samples
     tune run persona_raft --config quickstart.yaml retrieval.k=3
 """
 
-from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -88,11 +87,10 @@ def recipe_main(cfg: DictConfig) -> None:
 
 
 def _embedding(cfg: DictConfig, workspace: Workspace) -> EmbeddingSettings:
-    journal = cfg.distill.journal
     return EmbeddingSettings.of(
         cfg.embedding,
         stated_base_url=plain(cfg.embedding)["base_url"],
-        journal=workspace.journal if journal is None else Path(journal).expanduser().absolute(),
+        journal=workspace.journal(cfg.distill.journal),
         device=cfg.device,
     )
 

@@ -72,9 +72,7 @@ def collect(
     return gain
 
 
-def _keep(
-    shard: Shard, batch: Batch, paths: Sequence[Path], ledger: Ledger, journal: Journal, stop: Stop
-) -> Gain:
+def _keep(shard: Shard, batch: Batch, paths: Sequence[Path], ledger: Ledger, journal: Journal, stop: Stop) -> Gain:
     gain = Gain()
     with journal.transaction():
         for attempt in _attempts(shard, batch, paths, ledger):

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from personas_tune.errors import MissingInputError, ServerError
 from personas_tune.llm.batch_ledger import Ledger, Shard
 from personas_tune.llm.batch_server import BatchServer, Unsure
 from personas_tune.llm.batch_stop import Stop
@@ -64,6 +65,9 @@ class Launcher:
         except Unsure:
             self._batches = None
             raise
+        except ServerError:
+            self._ledger.uploaded(shard, file_id)
+            raise
         self._ledger.created(shard, batch_id)
 
     def give_up(self, shard: Shard) -> None:
@@ -85,9 +89,14 @@ class Launcher:
         return file_id
 
     def _upload(self, shard: Shard) -> str:
+        file = self._folder / shard.file_name
+        if not file.is_file():
+            raise MissingInputError(
+                "not there any more", where=str(file), remedy="run the same command to make it anew"
+            )
         self._ledger.uploading(shard)
         try:
-            file_id = self._server.upload(self._folder / shard.file_name)
+            file_id = self._server.upload(file)
         except Unsure:
             self._files = None
             raise

@@ -11,14 +11,14 @@ import openai
 from openai.pagination import SyncCursorPage
 from openai.types import Batch, FileObject
 
-from personas_tune.errors import ServerError
+from personas_tune.errors import ConfigError, ServerError
 from personas_tune.llm.batch_ledger import Shard
 from personas_tune.llm.batch_stop import Stop
 from personas_tune.llm.client import _headers_for
 from personas_tune.llm.failures import Reply, backoff_s, remedy_for, retry_after_s, verdict_on, words_of
 from personas_tune.llm.settings import Access, ServerSettings, access_to
 
-MOST_FAILURES = 200  # in a row, of one thing; with waits of up to a minute between them
+MOST_FAILURES = 200  # in a row, of a server that was there before; with waits of up to a minute between them
 _NOT_OFFERED = (404, 405, 501)
 _CHUNK_BYTES = 1 << 18
 
@@ -49,6 +49,7 @@ class BatchServer:
 
     Attributes:
         where: Its address, for messages.
+        most_failures: How often in a row the same may fail.
     """
 
     def __init__(self, server: ServerSettings, poll_s: float, stop: Stop, note: Callable[[str], None]) -> None:
@@ -57,6 +58,7 @@ class BatchServer:
         self._headers = _headers_for(self._access)
         self._poll_s, self._stop, self._note = poll_s, stop, note
         self._draw = random.Random()
+        self.most_failures = server.max_retries + 1
         self.where = self._access.shown_url
 
     def __enter__(self) -> Self:
@@ -138,19 +140,26 @@ class BatchServer:
 
     def _patiently(self, ask: Callable[[], Any], kind: type[Answer]) -> Answer:
         """Ask what changes nothing at the server, until it answers."""
-        for tries in range(MOST_FAILURES):
+        tries = 0
+        while True:
             try:
                 with self._stop.allowed():
                     return self._once(ask, kind)
             except Unsure as failure:
+                tries += 1
+                self.give_up_after(tries, failure)
                 self._note(f"{failure}; trying again")
-                self._stop.sleep(failure.wait_s or min(self._poll_s, backoff_s(tries, self._draw)))
-        raise self.down(MOST_FAILURES)
+                self._stop.sleep(failure.wait_s or min(self._poll_s, backoff_s(tries - 1, self._draw)))
 
-    def down(self, tries: int) -> ServerError:
-        """That it can't be reached."""
-        remedy = "batches go on there; see whether it is up, then run the same command to come back to them"
-        return ServerError(f"no answer in {tries} attempts", where=self.where, remedy=remedy)
+    def give_up_after(self, tries: int, failure: Unsure) -> None:
+        """Stop the run if the same failed too often in a row.
+
+        Raises:
+            ServerError: If it did.
+        """
+        if tries >= self.most_failures:
+            remedy = "see whether it is up, then run the same command; batches that are there go on meanwhile"
+            raise ServerError(f"no answer in {tries} attempts, the last: {failure}", where=self.where, remedy=remedy)
 
     def _once(self, ask: Callable[[], Any], kind: type[Answer]) -> Answer:
         try:
@@ -164,6 +173,7 @@ class BatchServer:
                 raise
             raise self._broken(error) from error
         if isinstance(answer, kind) and getattr(answer, "id", "") is not None:
+            self.most_failures = MOST_FAILURES
             return answer
         raise ServerError("answers, but not as the Batch API does", where=self.where, remedy=_NO_BATCH_API)
 
@@ -190,9 +200,14 @@ _NO_BATCH_API = (
 
 
 def _connect(server: ServerSettings, access: Access) -> openai.OpenAI:
-    return openai.OpenAI(
-        base_url=access.base_url, api_key=access.api_key or "none", timeout=server.timeout_s, max_retries=0
-    )
+    try:
+        return openai.OpenAI(
+            base_url=access.base_url, api_key=access.api_key or "none", timeout=server.timeout_s, max_retries=0
+        )
+    except Exception as error:
+        if not _is_of_http_library(error):
+            raise
+        raise ConfigError(f"{access.shown_url!r} is no address ({error})", where="base_url") from error
 
 
 def _is_of_http_library(error: Exception) -> bool:

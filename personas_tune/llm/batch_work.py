@@ -12,7 +12,7 @@ from personas_tune.errors import PersonasTuneError, ServerError
 from personas_tune.llm.batch_collect import Gain, collect
 from personas_tune.llm.batch_launch import Launcher
 from personas_tune.llm.batch_ledger import Ledger, Shard
-from personas_tune.llm.batch_server import MOST_FAILURES, BatchServer, Unsure
+from personas_tune.llm.batch_server import BatchServer, Unsure
 from personas_tune.llm.batch_stop import Stop
 from personas_tune.llm.budget import Budget
 from personas_tune.llm.failures import remedy_for, verdict_on, words_of
@@ -84,6 +84,7 @@ class Work:
             self._stop.sleep(self._poll_s)
             self._look_at(self._ledger.shards("created"))
             if self.most_tokens != most_tokens:
+                self._drop_what_is_too_large()
                 return
         if self._end is not None:
             raise self._end
@@ -125,24 +126,24 @@ class Work:
 
     def _try_later(self, failure: Unsure) -> None:
         self._n_unsure += 1
-        if self._n_unsure >= MOST_FAILURES:
-            raise self._server.down(self._n_unsure)
+        self._server.give_up_after(self._n_unsure, failure)
         self._note(f"{failure}; looking whether it was done, then trying again")
         self._next_launch = time.monotonic() + max(self._poll_s, failure.wait_s or 0.0)
 
     def _look_at(self, shards: list[Shard]) -> None:
-        turned_away: list[ServerError] = []
-        for shard in shards:
-            batch = self._server.batch(shard.batch_id or "")
-            if batch.request_counts is not None:
-                self._counts[shard.id] = (batch.request_counts.completed, shard.n_requests)
-            if batch.status == "failed":
-                turned_away += self._turn_away(shard, batch)
-            elif _is_over(batch):
-                self._collect(shard, batch)
+        looks = [(shard, self._server.batch(shard.batch_id or "")) for shard in shards]
+        self._counts |= {shard.id: (_n_answered(batch), shard.n_requests) for shard, batch in looks}
+        over = [look for look in looks if _is_over(look[1])]
+        failed = [look for look in looks if look[1].status == "failed"]
+        for shard, batch in over:
+            self._collect(shard, batch)
+        for shard, _ in failed:
+            self._budget.settle(shard.estimate, Usage(), "batch")
+            del self._counts[shard.id]
+        too_much = [look for look in failed if OVER_LIMIT in _codes_of(look[1])]
+        self._wait_for_room(too_much, is_room=bool(over))
         self._tell()
-        if turned_away:
-            raise turned_away[0]
+        self._give_up([look for look in failed if OVER_LIMIT not in _codes_of(look[1])])
 
     def _collect(self, shard: Shard, batch: Batch) -> None:
         gain = collect(
@@ -151,7 +152,6 @@ class Work:
         )  # fmt: skip
         self._budget.settle(shard.estimate, gain.usage, "batch")
         self._counts[shard.id] = (gain.n_answered, shard.n_requests)
-        self._n_full, self._next_launch = min(self._n_full, 1), 0.0
         self._end = self._end or self._reason_to_end(shard, batch, gain)
 
     def _reason_to_end(self, shard: Shard, batch: Batch, gain: Gain) -> ServerError | None:
@@ -166,43 +166,44 @@ class Work:
     def _has_answers(self, shard: Shard) -> bool:
         return any(total.status == "answered" for total in self._journal.totals(shard.model))
 
-    def _turn_away(self, shard: Shard, batch: Batch) -> list[ServerError]:
-        """A batch failed as a whole, so that nothing of it is paid for: make room for it, or say why."""
-        self._budget.settle(shard.estimate, Usage(), "batch")
-        self._counts.pop(shard.id, None)
-        errors = (batch.errors and batch.errors.data) or []
-        words = (
-            " ".join(f"{error.message or error.code}{_line(error.line)}" for error in errors[:3]) or "no reason given"
-        )
-        if OVER_LIMIT not in {error.code for error in errors}:
+    def _give_up(self, refused: list[tuple[Shard, Batch]]) -> None:
+        for shard, _ in refused:
             self._launcher.give_up(shard)
-            return [ServerError(words, where=f"batch {batch.id} failed", remedy="mend it, then run the same command")]
-        self._n_full += 1
-        self._next_launch = time.monotonic() + self._poll_s * min(2**self._n_full, LONGEST_WAIT)
-        self._note(f"{words} (waiting for room)")
-        self._make_room_for(shard, words)
-        return []
+        for _, batch in refused:
+            remedy = "mend it, then run the same command"
+            raise ServerError(_words_of(batch), where=f"batch {batch.id} failed", remedy=remedy)
 
-    def _make_room_for(self, shard: Shard, words: str) -> None:
-        """Have it made smaller if it won't ever fit; else ask for it again when another is done, or later."""
-        found = _LIMIT.search(words)
-        limit = int(found[1].replace(",", "")) if found else sys.maxsize
-        is_alone = len(self._ledger.shards("created")) == 1
-        if shard.estimate.input_tokens <= (limit // 2 if is_alone else limit):
-            self._ledger.ask_anew(shard)
-            return
-        self.most_tokens = max(1, limit // 2)
-        self._launcher.give_up(shard)
-        for each in self._ledger.shards("intended", "uploaded"):
-            if each.estimate.input_tokens > self.most_tokens:
-                self._launcher.drop(each)
+    def _wait_for_room(self, too_much: list[tuple[Shard, Batch]], *, is_room: bool) -> None:
+        """Ask again for the batches that were too much, when others are over or after a while that grows.
+
+        Those that would never fit are given up, to be made smaller.
+        """
+        is_idle = len(self._ledger.shards("created")) == len(too_much)
+        for shard, batch in too_much:
+            limit = _limit_in(_words_of(batch))
+            if shard.n_requests == 1 or shard.estimate.input_tokens <= (limit // 2 if is_idle else limit):
+                self._ledger.ask_anew(shard)
+            else:
+                self._launcher.give_up(shard)
+                self.most_tokens = max(1, limit // 2)
+        if too_much:
+            self._note(f"{_words_of(too_much[0][1])} (waiting for room)")
+            self._n_full = 1 if is_room else self._n_full + 1
+            self._next_launch = time.monotonic() + self._poll_s * min(2**self._n_full, LONGEST_WAIT)
+        if is_room:
+            self._n_full, self._next_launch = min(self._n_full, 1), 0.0
+
+    def _drop_what_is_too_large(self) -> None:
+        for shard in self._ledger.shards("intended", "uploaded"):
+            if shard.n_requests > 1 and shard.estimate.input_tokens > (self.most_tokens or 0):
+                self._launcher.drop(shard)
 
     def _tell(self) -> None:
         """Say how far all are, if that is news."""
         n_left = len(self._ledger.shards("intended", "uploading", "uploaded", "creating", "created"))
         done, asked = (sum(count[place] for count in self._counts.values()) for place in (0, 1))
         words = (
-            f"wave {self._ledger.wave}: {n_left} batches to go, {done} of {asked} requests sent are answered, "
+            f"wave {self._ledger.wave}: {done} of {asked} requests sent are answered, batches left: {n_left}, "
             f"{self._budget}"
         )
         if words != self._told:
@@ -212,9 +213,27 @@ class Work:
 
 def _is_over(batch: Batch) -> bool:
     """Whether nothing more will come, and what came can be fetched."""
-    n_answered = batch.request_counts.completed if batch.request_counts else 0
-    return batch.status in OVER and (batch.output_file_id is not None or n_answered == 0)
+    return batch.status in OVER and (batch.output_file_id is not None or _n_answered(batch) == 0)
 
 
-def _line(number: int | None) -> str:
-    return "" if number is None else f" (line {number})"
+def _n_answered(batch: Batch) -> int:
+    return batch.request_counts.completed if batch.request_counts else 0
+
+
+def _codes_of(batch: Batch) -> set[str | None]:
+    return {error.code for error in (batch.errors and batch.errors.data) or []}
+
+
+def _words_of(batch: Batch) -> str:
+    """Why the server turned the batch away, in its own words."""
+    errors = (batch.errors and batch.errors.data) or []
+    words = [
+        f"{error.message or error.code}{'' if error.line is None else f' (line {error.line})'}" for error in errors
+    ]
+    return " ".join(words[:3]) or "no reason given"
+
+
+def _limit_in(words: str) -> int:
+    """How many tokens may be enqueued, if the words tell."""
+    found = _LIMIT.search(words)
+    return int(found[1].replace(",", "")) if found else sys.maxsize

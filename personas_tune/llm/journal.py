@@ -16,16 +16,10 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias
 
 from personas_tune.errors import JournalError
-from personas_tune.llm.journal_file import connect, open_locked, told, transaction
+from personas_tune.llm.journal_file import Row, connect, insert, insert_at_once, open_locked, told, transaction
 
 Status: TypeAlias = Literal["answered", "failed", "lost"]
 Via: TypeAlias = Literal["online", "batch"]
-
-_INSERT = """
-INSERT INTO attempts (request, attempt, status, http_status, input_tokens, cached_tokens, output_tokens,
-                      request_id, model, via, started, ended, response)
-VALUES """
-_ROW = "(?, (SELECT coalesce(max(attempt), 0) + 1 FROM attempts WHERE request = ?), ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 @dataclass(frozen=True)
@@ -235,11 +229,15 @@ class Journal:
     def _commit(self, attempts: Sequence[Attempt]) -> None:
         are_plain = not any(attempt.parts for attempt in attempts)
         if are_plain and len({attempt.request for attempt in attempts}) == len(attempts):
-            _insert_at_once(self._writer, attempts)
+            insert_at_once(self._writer, [_row_of(attempt) for attempt in attempts])
             return
         with transaction(self._writer):
             for attempt in attempts:
                 _insert(self._writer, attempt)
+
+
+def _insert(connection: sqlite3.Connection, attempt: Attempt) -> None:
+    insert(connection, _row_of(attempt), attempt.parts if attempt.status == "answered" else ())
 
 
 def _resolve(kept: "asyncio.Future[None]", error: JournalError | None) -> None:
@@ -251,33 +249,11 @@ def _resolve(kept: "asyncio.Future[None]", error: JournalError | None) -> None:
         kept.set_exception(error)
 
 
-def _insert_at_once(connection: sqlite3.Connection, attempts: Sequence[Attempt]) -> None:
-    """Insert attempts without parts, each at another request, by one statement.
-
-    SQLite lets go of the interpreter during each statement, and a busy event loop gives it back up to 5 ms
-    later: with a statement a row an answer waited for 30 ms, measured with 64 calls in flight.
-    """
-    for start in range(0, len(attempts), _MOST_ROWS):
-        some = attempts[start : start + _MOST_ROWS]
-        connection.execute(_INSERT + ", ".join([_ROW] * len(some)), [value for each in some for value in _values(each)])
-
-
-_MOST_ROWS = 1000  # SQLite takes 32,766 values in a statement
-
-
-def _insert(connection: sqlite3.Connection, attempt: Attempt) -> None:
-    cursor = connection.execute(_INSERT + _ROW, _values(attempt))
-    if attempt.status == "answered":
-        connection.executemany(
-            "INSERT OR REPLACE INTO parts VALUES (?, ?, ?)",
-            [(name, cursor.lastrowid, place) for place, name in enumerate(attempt.parts)],
-        )
-
-
-def _values(attempt: Attempt) -> tuple[Any, ...]:
+def _row_of(attempt: Attempt) -> Row:
+    """As :data:`personas_tune.llm.journal_file.COLUMNS` has it."""
     usage = attempt.usage
     return (
-        attempt.request, attempt.request, attempt.status, attempt.http_status,
+        attempt.request, attempt.status, attempt.http_status,
         usage.input_tokens, usage.cached_tokens, usage.output_tokens,
         attempt.request_id, attempt.model, attempt.via, attempt.started, attempt.ended, attempt.response,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from personas_tune.llm.journal import Usage
 from personas_tune.llm.settings import ServerSettings
 
 BURST_S = 1.0  # how many seconds' worth of a limit may go out at once
+LONGEST_RESET_S = 60.0  # limits are per minute; one per day that is reached tells by a 429 when to come back
 _UNITS_S = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 
 
@@ -144,7 +145,8 @@ class Gate:
             if limit and configured is None:
                 self._buckets.setdefault(kind, Bucket(limit, self._loop.time())).per_minute = limit
             if _whole_number(headers.get(f"x-ratelimit-remaining-{kind}")) == 0:
-                pause_s = max(pause_s, duration_s(headers.get(f"x-ratelimit-reset-{kind}", "")) or 0.0)
+                reset_s = duration_s(headers.get(f"x-ratelimit-reset-{kind}", "")) or 0.0
+                pause_s = max(pause_s, min(reset_s, LONGEST_RESET_S))
         return pause_s
 
     async def nap(self, seconds: float) -> None:

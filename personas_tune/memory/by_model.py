@@ -8,7 +8,7 @@ from personas_tune.errors import DistillError, PersonasTuneError, raise_together
 from personas_tune.llm.calls import Chain
 from personas_tune.llm.journal import Journal, Total
 from personas_tune.llm.replay import finished_chains
-from personas_tune.llm.settings import ServerSettings
+from personas_tune.llm.settings import ServerSettings, access_to
 from personas_tune.memory.reflection import ReflectionSettings, reflect_on
 from personas_tune.memory.stream import count_train_rows, stream_histories
 from personas_tune.memory.tables import Reflected, write_distilled
@@ -110,6 +110,8 @@ def distill_by_model(
         JournalError: If another run uses the journal.
         Interrupted: If the user stopped the run.
     """
+    if not journal_path.exists():
+        access_to(server)  # begin no journal for a server that can't be asked
     with Journal.open(journal_path) as journal:
         left_out = _ask(sources, settings, server, journal, max_tries=max_tries, batches=batches)
         _refuse_incomplete(left_out, max_incomplete, journal_path)

@@ -388,10 +388,16 @@ KEYS = {
 }
 
 TEXTS = {
-    "the openai distiller": case(
+    "OpenAI without a key": case(
         "persona_distill",
-        "distill.distiller | openai is not in this version yet | use distill.distiller=template",
+        "https://api.openai.com | no key | export OPENAI_API_KEY=...",
         "distill.distiller=openai",
+    ),
+    "an address that is none": case(
+        "persona_distill",
+        "base_url | 'localhost:8000' is no address | such as http://localhost:8000/v1",
+        "distill.distiller=openai",
+        "distill.base_url=localhost:8000",
     ),
     "no file of profiles is set": case(
         "persona_distill", "distill.path | is not set | set distill.path to a CSV", "distill.distiller=file"
@@ -464,10 +470,10 @@ TEXTS = {
             "run/memory/profiles.parquet", lambda t: t.set_column(2, "profile", pa.array(["I like war."] * len(t)))
         ),
     ),
-    "an embedder that is not built": case(
+    "an embedder without its model": case(
         "persona_cluster",
-        "personas.embedder | openai is not built yet | set personas.embedder=lsa",
-        "personas.embedder=openai",
+        "embedding.path | no folder of a model is given | download the model once",
+        "personas.embedder=sentence-transformers",
     ),
     "a profile without words": case(
         "persona_cluster",

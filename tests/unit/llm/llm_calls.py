@@ -8,6 +8,7 @@ As a program it runs a job, and says on standard output when an answer was kept:
 import json
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -89,8 +90,13 @@ class ScriptedServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.answers = list(answers)
         self.sent: list[tuple[str, dict[str, str], Any]] = []  # path, headers in lower case, body
+        self.latency_s = 0.0  # of all answers but errors
         self.lock = threading.Lock()
         self.may_end = threading.Event()
+
+    def answer(self, body: Any) -> Answer:
+        """The next answer, whatever was asked."""
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
 
     @property
     def base_url(self) -> str:
@@ -118,8 +124,8 @@ class _Handler(BaseHTTPRequestHandler):
             if body is None:
                 status, headers, content = 404, {}, b"{}"
             else:
-                answers = self.server.answers
-                status, headers, content = answers.pop(0) if len(answers) > 1 else answers[0]
+                status, headers, content = self.server.answer(body)
+        time.sleep(self.server.latency_s if status == 200 else 0)
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

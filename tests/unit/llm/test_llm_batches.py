@@ -14,7 +14,7 @@ import pytest
 from batch_jobs import N_USERS, Job, chains, question, run_job, start_host, start_job
 from openai_server import Server
 
-from personas_tune.errors import BudgetError, Interrupted, JournalError, ServerError
+from personas_tune.errors import BudgetError, ConfigError, JournalError, ServerError
 from personas_tune.llm.batch_collect import Gain
 from personas_tune.llm.batch_files import Bounds, DamagedFileError, read_answers, write_input_files
 from personas_tune.llm.batch_ledger import Ledger
@@ -97,7 +97,7 @@ def test_a_job_in_waves_comes_to_what_it_comes_to_online(openai_server: Start, t
     assert len(server.batches()) == N_BATCHES
     assert {batch["completion_window"] for batch in server.batches()} == {"24h"}
     assert list((tmp_path / "batches").iterdir()) == []
-    assert "wave 3: 0 batches to go, 2 of 2 requests sent are answered" in capsys.readouterr().err
+    assert "wave 3: 2 of 2 requests sent are answered, batches left: 0" in capsys.readouterr().err
 
 
 def test_a_finished_job_asks_nothing(openai_server: Start, tmp_path, expected):
@@ -228,6 +228,14 @@ def test_a_lost_answer_is_looked_for_before_asking_again(openai_server: Start, t
     run_job(tmp_path, server.base_url)
     assert_nothing_was_done_twice(server)
     assert len(server.batches()) == len(input_names(server)) == N_BATCHES
+
+
+@pytest.mark.parametrize("fault", ["reset", "half_body", "server_error"])
+def test_answers_that_did_not_arrive_whole_are_fetched_again(openai_server: Start, tmp_path, expected, fault):
+    server = openai_server(batch_plan=["ok"] * 5 + [fault])  # two listings, upload, creation, look, download
+    assert run_job(tmp_path, server.base_url, max_requests=50) == expected
+    assert asked(server, "GET", "files/") == 4
+    assert_nothing_was_done_twice(server)
 
 
 def test_faults_on_the_way_repeat_nothing(openai_server: Start, tmp_path, expected):
@@ -431,7 +439,7 @@ def test_a_signal_ends_the_run_and_the_next_one_comes_back(openai_server: Start,
     job.kill(number)
     status, words = job.wait()
     assert status == 128 + number
-    assert "error: interrupted: 2 batches go on at the server; run the same command to go on" in words
+    assert "error: interrupted: batches that go on at the server: 2; run the same command to go on" in words
     server.set(in_progress_s=0)
     assert run_job(tmp_path, server.base_url) == expected
     assert_nothing_was_done_twice(server)
@@ -442,8 +450,7 @@ def test_a_signal_waits_for_the_batch_that_is_being_made(openai_server: Start, s
     job = start(tmp_path, server, max_requests=50)
     wait_until(lambda: asked(server, "POST", "batches"))
     job.kill(signal.SIGTERM)
-    status, words = job.wait()
-    assert status == 128 + signal.SIGTERM
+    assert job.wait()[0] == 128 + signal.SIGTERM
     with Journal.open(tmp_path / "journal.sqlite") as journal:
         assert [shard.batch_id for shard in Ledger(journal).shards("created")] == ["batch_000001"]
 
@@ -454,9 +461,11 @@ def test_online_calls_are_refused_while_batches_are_under_way(openai_server: Sta
     with Journal.open(tmp_path / "journal.sqlite") as journal:
         refuse_open_batches(journal)
     be_killed(tmp_path, server, die_before="created")
-    with Journal.open(tmp_path / "journal.sqlite") as journal:
-        with pytest.raises(JournalError, match=r"1 batches .* not collected yet; collect them with distill.batch_api"):
-            refuse_open_batches(journal)
+    with (
+        Journal.open(tmp_path / "journal.sqlite") as journal,
+        pytest.raises(JournalError, match=r"not collected yet: 1; collect them with distill.batch_api"),
+    ):
+        refuse_open_batches(journal)
     run_job(tmp_path, server.base_url)
     with Journal.open(tmp_path / "journal.sqlite") as journal:
         refuse_open_batches(journal)
@@ -469,6 +478,29 @@ def test_a_key_that_the_server_does_not_take_is_not_told(openai_server: Start, t
         run_job(tmp_path, server.base_url)
     assert "canary" not in str(told.value)
     assert not any(b"canary" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_a_batch_that_is_not_made_leaves_the_online_mode_free(openai_server: Start, start, tmp_path):
+    server = openai_server(after_commit_s=0.3)
+    job = start(tmp_path, server)
+    wait_until(lambda: asked(server, "POST", "files"))
+    server.set(api_key="sk-another-one")
+    status, words = job.wait()
+    assert status == 2
+    assert "HTTP 401" in words
+    assert asked(server, "POST", "batches") == 1
+    with Journal.open(tmp_path / "journal.sqlite") as journal:
+        refuse_open_batches(journal)
+
+
+def test_an_address_that_is_none_is_told_of(tmp_path):
+    with pytest.raises(ConfigError, match=r"base_url: .* is no address"):
+        run_job(tmp_path, "http://localhost/v1\x7f")
+
+
+def test_a_server_that_is_not_there_is_told_of(tmp_path):
+    with pytest.raises(ServerError, match=r"127.0.0.1:9/v1: no answer in 3 attempts, the last: the connection broke"):
+        run_job(tmp_path, "http://127.0.0.1:9/v1", bounds={"max_retries": 2})
 
 
 def test_a_server_without_batches_is_told_of(openai_server: Start, tmp_path):

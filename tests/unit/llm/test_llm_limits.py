@@ -181,9 +181,11 @@ def test_limits_are_learnt_from_headers_unless_configured():
 def test_a_limit_that_is_reached_asks_for_a_pause():
     async def test(gate: Gate) -> None:
         nearly = {"x-ratelimit-remaining-requests": "1", "x-ratelimit-reset-requests": "6m0s"}
-        reached = {"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "1m2s"}
+        reached = {"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "21.5s"}
         assert gate.heed(nearly) == 0.0
-        assert gate.heed({**nearly, **reached}) == 62.0
+        assert gate.heed({**nearly, **reached}) == 21.5
+        a_day = {**reached, "x-ratelimit-reset-tokens": "23h59m0s"}
+        assert gate.heed(a_day) == 60.0
         assert gate.heed({"x-ratelimit-remaining-tokens": "0"}) == 0.0
 
     in_gate(test)

@@ -209,7 +209,7 @@ def test_new_users_join_by_a_server_and_only_their_texts_are_paid_for(run, opena
     server = openai_server()
     overrides = ["personas.embedder=openai", f"embedding.base_url={server.base_url}", "personas.k=3"]
     workspace = run(*overrides, rows=profile_rows())
-    settings = EmbeddingSettings(ServerSettings("any", server.base_url), workspace.journal)
+    settings = EmbeddingSettings(ServerSettings("any", server.base_url), workspace.journal(None))
     old = [text for _, upto, text in profile_rows() if upto == 20][-2:]
     personas, _ = assign_new_users(
         workspace, ["x", "y", "z"], ["I like weddings, slapstick and comedy", *old], settings
@@ -230,7 +230,7 @@ def test_another_recipe_on_the_journal_is_told(run, openai_server, tmp_path):
     assert not (tmp_path / "one" / "personas").exists()
     workspace = run(*overrides)
     assert journal.stat().st_size > 0
-    assert not workspace.journal.exists()
+    assert not workspace.journal(None).exists()
 
 
 def test_profiles_are_embedded_by_a_model_on_this_machine(run, tmp_path):

@@ -181,7 +181,7 @@ def test_a_user_without_a_persona_is_named(make_experiment):
 def test_items_are_embedded_by_a_server_and_each_is_paid_for_once(make_experiment, openai_server, capsys):
     server, experiment = openai_server(), make_experiment().write()
     experiment.run(persona_raft, "retrieval.k=3", *by_server(server))
-    settings = EmbeddingSettings(ServerSettings("any", server.base_url), experiment.workspace.journal)
+    settings = EmbeddingSettings(ServerSettings("any", server.base_url), experiment.workspace.journal(None))
     search = MemorySearch.load(experiment.workspace.root / "samples" / "index", settings)
     assert (search.index.space.embedder, search.index.space.dim) == ("openai", 64)
     for sample in experiment.samples("train")[:12] + experiment.samples("test")[:6]:
