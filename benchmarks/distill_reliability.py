@@ -2,7 +2,7 @@
 
 Hardware: TODO
 Date:     TODO
-Command:  OMP_NUM_THREADS=1 python benchmarks/distill_reliability.py --kills 200 --seeds 5 --drains 100 --batch-kills 50
+Command:  OMP_NUM_THREADS=1 python benchmarks/distill_reliability.py
 Result:   TODO
 
 The recipe runs in a process of its own against a server on loopback (tests/openai_server.py) that answers 15% of the
@@ -203,7 +203,7 @@ def server_options(plan: Plan, seed: int) -> dict[str, Any]:
     if plan is BATCH_KILL:
         return {**BATCH, "seed": seed}
     if plan is DRAIN:  # without 429s, which would leave few calls in flight
-        return {**ONLINE, "faults": {**SPOILT, "server_error": 0.07}, "seed": seed}
+        return {"latency_s": 0.25, "faults": {**SPOILT, "server_error": 0.07}, "seed": seed}
     return {**ONLINE, "faults": {**REFUSED, **BROKEN, **SPOILT}, "seed": seed}
 
 

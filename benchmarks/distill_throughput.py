@@ -168,9 +168,11 @@ def write_log(n_users: int, folder: Path) -> None:
 
 
 def rating_lines(n_users: int, n_items: int) -> Iterator[str]:
+    """No two users (of up to 100,000) alike: what was asked for one user would answer for the other."""
     for user in range(n_users):
-        for number in range(3):
-            yield f"u{user:06},i{(user * 7 + number * 31) % n_items},{1 + (user + 3 * number) % 5},{1000 + number}\n"
+        first, lap = user % n_items, user // n_items
+        for number, item in enumerate((first, first + 1 + lap, first + n_items // 2)):
+            yield f"u{user:06},i{item % n_items},{1 + (user + 3 * number) % 5},{1000 + number}\n"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from personas_tune.embedding.stored import REMEDY, Description
 from personas_tune.embedding.vectors import Embeddings, Space, in_their_places, require_same_space
 from personas_tune.errors import DataError
 from personas_tune.llm.journal import Journal
+from personas_tune.llm.settings import access_to
 from personas_tune.workspace import to_json
 
 NAME = "openai"
@@ -47,6 +48,8 @@ class ApiModel:
     def vectors_of(self, texts: Sequence[str]) -> Vectors:
         """The unit vector of each text that isn't blank; raises as :meth:`fit` does."""
         spoken = list(dict.fromkeys(text for text in texts if text.strip()))
+        if not self.settings.journal.exists():
+            access_to(self.settings.server)  # begin no journal for a server that can't be asked
         with Journal.open(self.settings.journal) as journal:
             return vectors_of(spoken, self.settings, journal)
 

@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -39,7 +40,7 @@ class Unsure(Exception):  # noqa: N818
 
 
 class BatchServer:
-    """A connection to a server's Batch API.
+    """A connection to a server's Batch API, made when it is needed.
 
     Args:
         server: Its settings.
@@ -48,18 +49,14 @@ class BatchServer:
         note: Tells the user what holds the run up.
 
     Attributes:
-        where: Its address, for messages.
         most_failures: How often in a row the same may fail.
     """
 
     def __init__(self, server: ServerSettings, poll_s: float, stop: Stop, note: Callable[[str], None]) -> None:
-        self._access = access_to(server)
-        self._openai = _connect(server, self._access)
-        self._headers = _headers_for(self._access)
+        self._server = server
         self._poll_s, self._stop, self._note = poll_s, stop, note
         self._draw = random.Random()
         self.most_failures = server.max_retries + 1
-        self.where = self._access.shown_url
 
     def __enter__(self) -> Self:
         return self
@@ -67,12 +64,30 @@ class BatchServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._openai.close()
+        if "_connection" in self.__dict__:
+            self._connection.close()
+
+    @property
+    def where(self) -> str:
+        """Its address, for messages."""
+        return self._access.shown_url
+
+    @cached_property
+    def _access(self) -> Access:
+        return access_to(self._server)
+
+    @cached_property
+    def _headers(self) -> dict[str, Any]:
+        return _headers_for(self._access)
+
+    @cached_property
+    def _connection(self) -> openai.OpenAI:
+        return _connect(self._server, self._access)
 
     def batches_of(self, job: str) -> dict[tuple[str, int], str]:
         """Ids of the job's batches by their input's sha256 and their number."""
         found = {}
-        for batch in self._all(lambda: self._openai.batches.list(limit=100, extra_headers=self._headers)):
+        for batch in self._all(lambda: self._connection.batches.list(limit=100, extra_headers=self._headers)):
             key = _key_in(batch.metadata or {}, job)
             if key is not None:
                 found[key] = batch.id
@@ -80,7 +95,9 @@ class BatchServer:
 
     def input_files(self) -> dict[tuple[str, int], str]:
         """Ids of the uploaded input files by name and size."""
-        listed = self._all(lambda: self._openai.files.list(purpose="batch", limit=10_000, extra_headers=self._headers))
+        listed = self._all(
+            lambda: self._connection.files.list(purpose="batch", limit=10_000, extra_headers=self._headers)
+        )
         return {(file.filename, file.bytes): file.id for file in listed if file.status != "error"}
 
     def upload(self, file: Path) -> str:
@@ -93,7 +110,8 @@ class BatchServer:
         with file.open("rb") as stream, self._stop.allowed():
             form = (file.name, stream, "application/jsonl")
             return self._once(
-                lambda: self._openai.files.create(file=form, purpose="batch", extra_headers=self._headers), FileObject
+                lambda: self._connection.files.create(file=form, purpose="batch", extra_headers=self._headers),
+                FileObject,
             ).id
 
     def create(self, shard: Shard, file_id: str, job: str) -> str:
@@ -104,7 +122,7 @@ class BatchServer:
             ServerError: If it never will be.
         """
         return self._once(
-            lambda: self._openai.batches.create(
+            lambda: self._connection.batches.create(
                 input_file_id=file_id,
                 endpoint=f"/v1{shard.path}",  # type: ignore[arg-type]  # theirs is a list of literals
                 completion_window="24h",  # there is no other
@@ -116,13 +134,13 @@ class BatchServer:
 
     def batch(self, batch_id: str) -> Batch:
         """How far a batch has come."""
-        return self._patiently(lambda: self._openai.batches.retrieve(batch_id, extra_headers=self._headers), Batch)
+        return self._patiently(lambda: self._connection.batches.retrieve(batch_id, extra_headers=self._headers), Batch)
 
     def download(self, file_id: str, path: Path) -> None:
         """Write a file of the server's to ``path``."""
 
         def fetch() -> Path:
-            content = self._openai.files.with_streaming_response.content(file_id, extra_headers=self._headers)
+            content = self._connection.files.with_streaming_response.content(file_id, extra_headers=self._headers)
             with content as answer, path.open("wb") as stream:
                 for chunk in answer.iter_bytes(_CHUNK_BYTES):
                     stream.write(chunk)
@@ -223,7 +241,7 @@ def _metadata(shard: Shard, job: str) -> dict[str, str]:
 
 
 def _key_in(metadata: dict[str, str], job: str) -> tuple[str, int] | None:
-    number = metadata.get("personas_tune_try", "")
+    number = str(metadata.get("personas_tune_try"))
     if metadata.get("personas_tune_job") != job or not number.isdecimal():
         return None
     return metadata.get("personas_tune_shard", ""), int(number)

@@ -1,7 +1,7 @@
 """Runs chains of calls through OpenAI's Batch API, for half the price and within a day a step.
 
 All first calls make a wave, all second calls the next one, and so on. A wave goes in files of at most
-50,000 requests and 200 MB (*shards*). Input and output files stay at the server until they expire there.
+50,000 requests and 200 MB (*shards*). Input and output files are left at the server, which lets the input expire.
 """
 
 import sys
@@ -27,8 +27,8 @@ from personas_tune.llm.settings import ServerSettings
 __all__ = ["refuse_open_batches", "run_batches"]
 
 MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000  # that OpenAI takes in a file
-MOST_FAILURES = 3  # of one call in a run, and how often its batch may end before its turn comes
-MOST_EXPIRED = 10
+MOST_FAILURES = 3  # of one call in a run
+MOST_PASSED_OVER = 10  # batches in a run that end before a call's turn comes
 
 MakeChains: TypeAlias = Callable[[], Iterable[tuple[str, Chain[object]]]]
 
@@ -125,7 +125,7 @@ class Waves:
                 self._ledger.add(wave, contents)
         return given_up
 
-    def _questions(self, given_up: dict[str, str]) -> Generator[tuple[Call, str | None]]:
+    def _questions(self, given_up: dict[str, str]) -> Generator[tuple[Call, str | None], None, None]:
         for name, chain in self._make_chains():
             self._stop.check()
             outcome = replay(chain, self._journal)
@@ -149,7 +149,7 @@ class Waves:
         if verdict_on(failures[-1]) in ("unfit", "refused"):
             return words_of(failures[-1])
         n_passed_over = sum(map(was_passed_over, failures))
-        if len(failures) - n_passed_over < MOST_FAILURES and n_passed_over < MOST_EXPIRED:
+        if len(failures) - n_passed_over < MOST_FAILURES and n_passed_over < MOST_PASSED_OVER:
             return None
         return f"no answer in {len(failures)} attempts, the last: {words_of(failures[-1])}"
 

@@ -470,6 +470,11 @@ TEXTS = {
             "run/memory/profiles.parquet", lambda t: t.set_column(2, "profile", pa.array(["I like war."] * len(t)))
         ),
     ),
+    "an embedder without a key": case(
+        "persona_cluster",
+        "https://api.openai.com | no key | export OPENAI_API_KEY=...",
+        "personas.embedder=openai",
+    ),
     "an embedder without its model": case(
         "persona_cluster",
         "embedding.path | no folder of a model is given | download the model once",

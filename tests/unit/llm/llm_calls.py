@@ -90,7 +90,9 @@ class ScriptedServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.answers = list(answers)
         self.sent: list[tuple[str, dict[str, str], Any]] = []  # path, headers in lower case, body
-        self.latency_s = 0.0  # of all answers but errors
+        self.latency_s = 0.0  # of all answers to calls but the first
+        self.n_answered = 0
+        self.n_answered_before: list[int] = []  # how many answers had gone out when each call arrived
         self.lock = threading.Lock()
         self.may_end = threading.Event()
 
@@ -125,7 +127,11 @@ class _Handler(BaseHTTPRequestHandler):
                 status, headers, content = 404, {}, b"{}"
             else:
                 status, headers, content = self.server.answer(body)
-        time.sleep(self.server.latency_s if status == 200 else 0)
+                self.server.n_answered_before.append(self.server.n_answered)
+            is_first = len(self.server.n_answered_before) < 2
+        time.sleep(0 if body is None or is_first else self.server.latency_s)
+        with self.server.lock:
+            self.server.n_answered += body is not None
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

@@ -60,8 +60,11 @@ def be_killed(start: Callable[..., Job]) -> Callable[..., None]:
 
 
 def wait_until(fact: Callable[[], Any]) -> None:
-    while not fact():
+    for _ in range(6_000):
+        if fact():
+            return
         time.sleep(0.01)
+    raise TimeoutError
 
 
 def asked(server: Server, method: str, path: str) -> int:
@@ -106,6 +109,14 @@ def test_a_finished_job_asks_nothing(openai_server: Start, tmp_path, expected):
     n_requests = len(server.requests())
     assert run_job(tmp_path, server.base_url) == expected
     assert len(server.requests()) == n_requests
+
+
+def test_a_finished_job_needs_no_key(openai_server: Start, tmp_path, expected, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    run_job(tmp_path, openai_server().base_url)
+    assert run_job(tmp_path, "https://api.openai.com/v1") == expected
+    with pytest.raises(ServerError, match="no key"):
+        run_job(tmp_path, "https://api.openai.com/v1", n_users=N_USERS + 1)
 
 
 def test_a_further_user_costs_that_user_only(openai_server: Start, tmp_path, expected):
@@ -419,6 +430,14 @@ def test_a_budget_stops_new_batches_and_keeps_what_is_under_way(openai_server: S
     assert len(server.billed()) == N_CALLS
 
 
+def test_a_budget_counts_what_an_earlier_run_left_under_way(openai_server: Start, be_killed, tmp_path):
+    server = openai_server()
+    be_killed(tmp_path, server, die_before="created")
+    with pytest.raises(BudgetError):
+        run_job(tmp_path, server.base_url, bounds={"max_tokens": 450})
+    assert len(server.batches()) == 1
+
+
 def test_a_budget_in_money_counts_batches_at_their_price(openai_server: Start, tmp_path, expected):
     server = openai_server()
     run_job(tmp_path, server.base_url)
@@ -435,7 +454,6 @@ def test_a_signal_ends_the_run_and_the_next_one_comes_back(openai_server: Start,
     server = openai_server(in_progress_s=60)
     job = start(tmp_path, server, poll_s=30)
     wait_until(lambda: len(server.batches()) == 2)
-    time.sleep(0.1)
     job.kill(number)
     status, words = job.wait()
     assert status == 128 + number
