@@ -93,7 +93,7 @@ class Plan:
 
     signals: tuple[signal.Signals, ...]
     moments: tuple[str, ...]  # what the server is to be asked first; "" for the start of the process
-    may_lose: int  # billed answers a stop, those in flight
+    may_lose: int | None  # billed answers a stop, those in flight; None if they can still be fetched
     distill: dict[str, Any]
 
 
@@ -107,7 +107,7 @@ class Unbroken:
 
 KILL = Plan((signal.SIGKILL,), (CALL, CALL, CALL, ""), CONCURRENCY, {})
 DRAIN = Plan((signal.SIGTERM, signal.SIGINT), (CALL,), 0, {})
-BATCH_KILL = Plan((signal.SIGKILL,), BATCH_MOMENTS, 0, {"batch_api": True, "batch_poll_s": 0.1})
+BATCH_KILL = Plan((signal.SIGKILL,), BATCH_MOMENTS, None, {"batch_api": True, "batch_poll_s": 0.1})
 
 
 def main() -> None:
@@ -122,6 +122,8 @@ def main() -> None:
     words = parser.parse_args()
     if words.short:
         words.kills, words.seeds, words.drains, words.batch_kills, words.users = 3, 1, 2, 3, 5
+    # A shell has what it runs in the background ignore SIGINT, and children take that over.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         job = prepare_job(Path(folder), data_of(words.users), **DISTILL)
@@ -195,7 +197,8 @@ def stop_often(name: str, plan: Plan, n_stops: int, seed: int, job: Job, whole: 
             if plan is KILL:
                 rows = stop_in_the_tables(own, server, rng, outcome, n_stops, whole.seconds)
             check_life(outcome, own, server, rows, whole)
-    print(outcome, flush=True)
+    if n_stops:
+        print(outcome, flush=True)
     return outcome
 
 
@@ -218,7 +221,7 @@ def live(job: Job, server: Server, plan: Plan, rng: random.Random, outcome: Outc
             outcome.stops += stop_at_random(process, server, plan, rng)
         status = process.wait()
         settle(server)
-        rows = check_stop(outcome, job, server, plan, rows, lost)
+        rows = check_run(outcome, job, server, rows, lost, may_lose=plan.may_lose if status else 0)
         if status == 0:
             return rows
         expected = {-stop for stop in plan.signals} | {128 + stop for stop in plan.signals}
@@ -251,14 +254,21 @@ def settle(server: Server) -> None:
         time.sleep(0.01)
 
 
-def check_stop(outcome: Outcome, job: Job, server: Server, plan: Plan, before: set[Row], lost: set[int]) -> set[Row]:
-    """What must hold after every run; adds what it lost to ``lost``."""
+def check_run(
+    outcome: Outcome, job: Job, server: Server, before: set[Row], lost: set[int], *, may_lose: int | None
+) -> set[Row]:
+    """What must hold after every run; gives the journal and adds the numbers of what the run lost to ``lost``.
+
+    Args:
+        before: The journal before the run.
+        may_lose: How many billed answers the run may have lost; None for batches, whose answers can still be fetched.
+    """
     rows = job.journal_rows()
     outcome.promise(before <= rows, f"{len(before - rows)} rows of the journal are gone")
-    if plan is not BATCH_KILL:  # what a batch answered can still be fetched
+    if may_lose is not None:
         new = {entry["n"] for entry in answered_in_full(server.billed())} - numbers_in(rows) - lost
         outcome.worst_loss = max(outcome.worst_loss, len(new))
-        outcome.promise(len(new) <= plan.may_lose, f"{len(new)} billed answers lost by one stop")
+        outcome.promise(len(new) <= may_lose, f"{len(new)} billed answers lost by one run, {may_lose} may be")
         lost |= new
     return rows
 

@@ -25,6 +25,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
+from personas_tune.addresses import bare_address
 from personas_tune.errors import ConfigError, PersonasTuneError, raise_together
 from personas_tune.schema import Experiment
 
@@ -124,11 +125,16 @@ def plain(section: Any) -> Any:
 
 
 def without_secrets(cfg: DictConfig) -> DictConfig:
-    """A copy in which whatever comes from the environment stays unread, for loggers."""
-    hidden = _map_strings(plain(cfg), lambda text: "(from the environment)" if "oc.env" in text else text)
-    copied = OmegaConf.create(hidden)
+    """A copy for loggers: what comes from the environment stays unread, addresses lose names, passwords and queries."""
+    copied = OmegaConf.create(_map_strings(plain(cfg), _shown))
     assert isinstance(copied, DictConfig)
     return copied
+
+
+def _shown(text: str) -> str:
+    if "oc.env" in text:
+        return "(from the environment)"
+    return bare_address(text) if "://" in text else text
 
 
 def base_sections(cfg: DictConfig, name: str | None) -> dict[str, Any]:

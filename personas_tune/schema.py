@@ -102,7 +102,7 @@ class Server(Section):
     concurrency: int = Field(default=32, ge=1, le=1000)
     requests_per_minute: int | None = Field(default=None, ge=1)
     tokens_per_minute: int | None = Field(default=None, ge=1)
-    timeout_s: float = Field(default=120, gt=0)
+    timeout_s: float = Field(default=120, gt=0, le=3600)
     max_retries: int = Field(default=8, ge=0)  # of one call after 408, 409, 429, 5xx and broken connections
     prices: Prices | None = None
     max_usd: float | None = Field(default=None, gt=0)
@@ -115,6 +115,8 @@ class Server(Section):
         return self
 
 
+LONGEST_PROFILE = 400  # words, where profile_words is null
+TOKENS_PER_WORD = 1.4  # of English in JSON
 _NOT_SAMPLING = {"model", "messages", "response_format", "max_tokens", "max_completion_tokens", "stream", "n", "tools"}
 
 
@@ -131,10 +133,11 @@ class Distill(Server):
     # Sent as it stands with each request: temperature, seed, ...
     sampling: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
     max_output_tokens: int = Field(default=4096, ge=64)
+    output_limit_name: Literal["max_completion_tokens", "max_tokens"] | None = None  # null: by the server
     max_tries: int = Field(default=5, ge=1)  # answers asked for before a call is given up
     max_incomplete: int = Field(default=0, ge=0)  # users that may be left out
     batch_api: bool = False
-    batch_poll_s: float = Field(default=60, gt=0)
+    batch_poll_s: float = Field(default=60, gt=0, le=3600)
     dry_run: bool = False
     journal: str | None = None  # null: memory/journal.sqlite
 
@@ -153,12 +156,24 @@ class Distill(Server):
 
     @model_validator(mode="after")
     def _answers_must_fit_their_bounds(self) -> Self:
-        n_words = self.batch_size * self.memory_words + (self.profile_words or 0)
-        if self.distiller == "openai" and n_words > self.max_words:
-            raise ValueError(
-                f"an answer may have batch_size {self.batch_size} x memory_words {self.memory_words} + profile_words "
-                f"{self.profile_words or 0} = {n_words} words, more than max_words {self.max_words}; lower one of them"
-            )
+        if self.distiller != "openai":
+            return self
+        profile_words = LONGEST_PROFILE if self.profile_words is None else self.profile_words
+        n_words = self.batch_size * self.memory_words + profile_words
+        answer = (
+            f"an answer may have batch_size {self.batch_size} x memory_words {self.memory_words} + profile_words "
+            f"{profile_words} = {n_words} words"
+        )
+        if n_words > self.max_words:
+            raise ValueError(f"{answer}, more than max_words {self.max_words}; lower one of them")
+        if TOKENS_PER_WORD * n_words > self.max_output_tokens:
+            raise ValueError(f"{answer}, too many for max_output_tokens {self.max_output_tokens}; raise it")
+        return self
+
+    @model_validator(mode="after")
+    def _answers_cost_too(self) -> Self:
+        if self.prices is not None and "output" not in self.prices.model_fields_set:
+            raise ValueError("prices has no output, which is most of what answers cost; add output: ...")
         return self
 
 

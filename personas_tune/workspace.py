@@ -59,6 +59,23 @@ _RECORDED_PACKAGES = (
 )  # fmt: skip
 
 
+def absolute_path(path: str | Path) -> Path:
+    """A path as a user writes it, from the root on; raises as :func:`home_path` does."""
+    return home_path(path).absolute()
+
+
+def home_path(path: str | Path) -> Path:
+    """A path as a user writes it, with the home folder for ``~``.
+
+    Raises:
+        ConfigError: If it names the home of a user that there is not.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError("no such user's home", where=str(path), remedy="write the whole path") from error
+
+
 @dataclass(frozen=True)
 class Workspace:
     """Names every file of one experiment below its ``output_dir``."""
@@ -68,7 +85,7 @@ class Workspace:
     @classmethod
     def at(cls, output_dir: str | Path) -> "Workspace":
         """The workspace at ``output_dir``, which need not exist yet."""
-        return cls(Path(output_dir).expanduser().absolute())
+        return cls(absolute_path(output_dir))
 
     @property
     def interactions(self) -> Path:
@@ -108,7 +125,7 @@ class Workspace:
     def journal(self, elsewhere: str | None) -> Path:
         """Every paid answer: in the file that ``distill.journal`` names, or in the experiment's own for None."""
         if elsewhere is not None:
-            return Path(elsewhere).expanduser().absolute()
+            return absolute_path(elsewhere)
         return self.root / "memory" / "journal.sqlite"
 
     @property

@@ -6,7 +6,6 @@ Writes personas/personas.parquet, personas/clustering.json, personas/elbow.png, 
     tune run persona_cluster --config quickstart.yaml personas.k=elbow
 """
 
-
 from omegaconf import DictConfig
 
 from personas_tune import config

@@ -8,15 +8,14 @@ Writes ``memory/profiles.parquet``, ``memory/memories.parquet`` and ``memory/ind
     tune run persona_distill --config phi3_persona.yaml distill.dry_run=true   # calls, tokens, cost; sends nothing
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from personas_tune import config
-from personas_tune.llm.journal import Journal
-from personas_tune.llm.settings import ServerSettings
+from personas_tune.llm.journal import Journal, Total
+from personas_tune.llm.settings import ServerSettings, output_limit_name
 from personas_tune.memory.by_model import BatchSettings, Sources, distill_by_model, profile_words_for, report_lines
 from personas_tune.memory.estimate import estimate_distillation, estimate_lines
 from personas_tune.memory.imported import distill_from_files, find_file
@@ -143,12 +142,14 @@ def _print_estimate(cfg: DictConfig, workspace: Workspace) -> None:
     histories = stream_histories(sources.interactions, sources.items, sources.users)
     n_train = count_train_rows(sources.users)
     journal = workspace.journal(cfg.distill.journal)
+    spent: list[Total] = []
     if journal.is_file():
         with Journal.open(journal) as answers:
             estimate = estimate_distillation(histories, n_train, _reflection(cfg), answers)
+            spent = answers.totals(server.model)
     else:
         estimate = estimate_distillation(histories, n_train, _reflection(cfg), None)
-    for line in [*estimate_lines(estimate, server), "nothing was sent"]:
+    for line in [*estimate_lines(estimate, server, spent, batch_api=cfg.distill.batch_api), "nothing was sent"]:
         print(f"dry run: {line}")
 
 
@@ -158,7 +159,6 @@ def _sources(workspace: Workspace) -> Sources:
 
 def _reflection(cfg: DictConfig) -> ReflectionSettings:
     distill = cfg.distill
-    is_openai = distill.base_url is None and "OPENAI_BASE_URL" not in os.environ
     return ReflectionSettings(
         model=distill.model,
         batch_size=distill.batch_size,
@@ -168,8 +168,7 @@ def _reflection(cfg: DictConfig) -> ReflectionSettings:
         response_format=distill.response_format,
         sampling=dict(distill.sampling),
         max_output_tokens=distill.max_output_tokens,
-        # OpenAI's newer models refuse the old name, local servers know no other.
-        output_limit_name="max_completion_tokens" if is_openai else "max_tokens",
+        output_limit_name=distill.output_limit_name or output_limit_name(ServerSettings.of(distill)),
         template=cfg.prompt.template,
         top=cfg.data.rating_scale.max,
     )

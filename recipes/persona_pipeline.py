@@ -51,15 +51,19 @@ def recipe_main(cfg: DictConfig) -> None:
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
         raise ConfigError(f"no stage {unknown[0]!r}", where="stages", remedy=f"use some of {', '.join(STAGES)}")
+    if cfg.distill.dry_run and "persona_distill" in stages:
+        stages = stages[: stages.index("persona_distill") + 1]  # there will be nothing for the others to go on with
     for number, stage in enumerate(stages, start=1):
         started = time.perf_counter()
         print(f"[{number}/{len(stages)}] {stage}", flush=True)
         status = run_stage(stage)
         if status != 0:
-            print(f"persona_pipeline: {stage} failed; mend what it says and run the pipeline again", file=sys.stderr)
+            said = "was interrupted" if status > 128 else "failed; mend what it says"
+            print(f"persona_pipeline: {stage} {said}; run the pipeline again to go on", file=sys.stderr)
             sys.exit(status)
         print(f"[{number}/{len(stages)}] {stage}: {time.perf_counter() - started:.1f} s", flush=True)
-    print_artefacts(cfg)
+    if not cfg.distill.dry_run:
+        print_artefacts(cfg)
 
 
 if __name__ == "__main__":

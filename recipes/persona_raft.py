@@ -7,7 +7,6 @@ Writes samples/train.parquet, samples/test.parquet, samples/prompt.json, samples
     tune run persona_raft --config quickstart.yaml retrieval.k=3
 """
 
-
 from omegaconf import DictConfig
 
 from personas_tune import config

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from personas_tune.embedding.stored import Description
 from personas_tune.embedding.vectors import Embeddings, Space, in_their_places, to_unit_length
 from personas_tune.errors import ConfigError, DataError
-from personas_tune.workspace import sha256_of_file, to_json
+from personas_tune.workspace import absolute_path, sha256_of_file, to_json
 
 NAME = "sentence-transformers"
 
@@ -48,7 +48,7 @@ class SentenceModel:
         """
         if self.path is None:
             raise ConfigError("no folder of a model is given", where="embedding.path", remedy=_DOWNLOAD)
-        folder = Path(self.path).expanduser().absolute()
+        folder = absolute_path(self.path)
         if not folder.is_dir():
             raise ConfigError(f"{self.path} is no folder", where="embedding.path", remedy=_DOWNLOAD)
         _refuse_unusable(folder)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
+from personas_tune.addresses import bare_address
 from personas_tune.llm.settings import ServerSettings
 
 
@@ -44,27 +44,16 @@ class EmbeddingSettings:
             device: The experiment's device.
         """
         return cls(
-            server=ServerSettings.of(section),
+            server=ServerSettings.of({**section, "section": "embedding"}),
             journal=journal,
             dimensions=section["dimensions"],
             inputs_per_request=section["inputs_per_request"],
-            stated_base_url=without_secrets(stated_base_url),
+            stated_base_url=_stated(stated_base_url),
             path=section["path"],
             device=device,
         )
 
 
-def without_secrets(base_url: str | None) -> str | None:
-    """An address without user, password and query; a reference to the environment stays as it was written.
-
-    Example:
-        >>> without_secrets("http://me:secret@localhost:8000/v1?key=1")
-        'http://localhost:8000/v1'
-    """
-    if base_url is None or base_url.startswith("${"):
-        return base_url
-    try:
-        address = urlsplit(base_url)
-    except ValueError:  # no address; whoever uses it will say so
-        return None
-    return urlunsplit((address.scheme, address.netloc.rpartition("@")[2], address.path, "", ""))
+def _stated(base_url: str | None) -> str | None:
+    """What may be stored of an address; a reference to the environment stays as it was written."""
+    return base_url if base_url is None or base_url.startswith("${") else bare_address(base_url)

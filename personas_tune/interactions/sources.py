@@ -14,6 +14,7 @@ from personas_tune.interactions.movielens_dat import read_dat_items, read_dat_lo
 from personas_tune.interactions.parquet_log import parquet_rows, read_parquet_log
 from personas_tune.interactions.recbole import read_recbole_items, read_recbole_log
 from personas_tune.interactions.text_files import pick_encoding, suffix_of
+from personas_tune.workspace import home_path
 
 _GET_MOVIELENS = (
     "download https://files.grouplens.org/datasets/movielens/ml-1m.zip (its licence forbids passing it on), "
@@ -80,7 +81,7 @@ def find_log(data_format: str, path: str | None) -> LogFiles:
     if not path:
         remedy = get if data_format == "movielens" else "set data.path to the log"
         raise ConfigError("no log is named", where="data.path", remedy=remedy)
-    place = Path(path).expanduser()
+    place = home_path(path)
     if not place.exists():
         raise MissingInputError("no such file or folder", where=str(place), remedy=get)
     if data_format == "movielens":
@@ -101,7 +102,7 @@ def find_file(path: str | None, key: str) -> Path | None:
     """
     if path is None:
         return None
-    place = Path(path).expanduser()
+    place = home_path(path)
     if not place.is_file():
         raise MissingInputError("file not found", where=str(place), remedy=f"check {key}")
     return place

@@ -3,8 +3,8 @@
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 from personas_tune.errors import ServerError
@@ -16,9 +16,10 @@ from personas_tune.llm.journal import Attempt, Journal, Usage
 from personas_tune.llm.limits import Closed, Gate
 from personas_tune.llm.progress import Progress
 from personas_tune.llm.settings import ServerSettings, access_to
+from personas_tune.llm.shutdown import shutdown_warning
 
-WARN_DAYS = 90
 NOTED_PAUSE_S = 5.0
+MOST_LOST = 5  # of one call in a run: each may have been billed, and a call that is always lost is too long or too slow
 
 
 class Incomplete(Exception):  # noqa: N818
@@ -37,6 +38,19 @@ class Refused(Incomplete):
         self.error = error
 
 
+class Spoilt(Incomplete):
+    """All answers to a call were rejected.
+
+    Args:
+        n: How many.
+        complaint: What was wrong with the last.
+    """
+
+    def __init__(self, n: int, complaint: str) -> None:
+        super().__init__(f"{n} answers rejected, the last: {complaint}")
+        self.complaint = complaint
+
+
 class Asker:
     """Sends calls to one server, and again where that may help, and journals every attempt.
 
@@ -48,6 +62,7 @@ class Asker:
 
     Attributes:
         n_answered: How many were answered.
+        where: The server and the model, for messages.
     """
 
     def __init__(self, server: ServerSettings, journal: Journal, gate: Gate, progress: Progress) -> None:
@@ -58,8 +73,9 @@ class Asker:
         self._progress = progress
         self._client: Client | None = None
         self._connecting = asyncio.Lock()
-        self._where = server.model
+        self.where = server.model
         self._draw = random.Random()
+        self._n_lost: Counter[str] = Counter()
 
     async def close(self) -> None:
         """Close the connections."""
@@ -90,24 +106,27 @@ class Asker:
                 self.n_answered += 1
                 return reply.text
             tries += 1
+            self._n_lost[call.request.sha256] += reply.status == "lost"
             was_down = self.n_answered == n_answered_before
-            self._raise_if_final(reply, tries, was_down=was_down)
+            is_last = tries > self._server.max_retries or self._n_lost[call.request.sha256] >= MOST_LOST
+            self._raise_if_final(reply, tries, is_last=is_last, was_down=was_down)
             self._progress.note(f"{words_of(reply)}; trying again", kind=f"HTTP {reply.http_status}")
-            if _pause_asked(reply) is None:
+            if not _pause_asked(reply):  # a pause of 0 s is none
                 await self._gate.nap(backoff_s(tries - 1, self._draw))
 
-    def _raise_if_final(self, reply: Reply, tries: int, *, was_down: bool) -> None:
+    def _raise_if_final(self, reply: Reply, tries: int, *, is_last: bool, was_down: bool) -> None:
         verdict, words = verdict_on(reply), words_of(reply)
         if verdict == "stop":
-            raise ServerError(words, where=self._where, remedy=remedy_for(reply))
+            raise ServerError(words, where=self.where, remedy=remedy_for(reply))
         if verdict == "unfit":
             raise Incomplete(words)
         if verdict == "refused":
-            raise Refused(ServerError(words, where=self._where, remedy=remedy_for(reply)))
-        if tries > self._server.max_retries and was_down:
-            remedy = "see whether the server is up, then run the same command to go on"
-            raise ServerError(f"no answer in {tries} attempts, the last: {words}", where=self._where, remedy=remedy)
-        if tries > self._server.max_retries:
+            raise Refused(ServerError(words, where=self.where, remedy=remedy_for(reply)))
+        if is_last and was_down:
+            within = f"{self._server.timeout_s:g}"
+            remedy = f"see whether it is up and answers within timeout_s={within}, then run the same command to go on"
+            raise ServerError(f"no answer in {tries} attempts, the last: {words}", where=self.where, remedy=remedy)
+        if is_last:
             raise Incomplete(f"no answer in {tries} attempts, the last: {words}")
 
     async def _attempt(self, client: Client, call: Call, body: Mapping[str, Any], estimate: Usage) -> Reply:
@@ -147,7 +166,7 @@ class Asker:
                 raise Closed
             if self._client is None:
                 access = access_to(self._server)
-                self._where = f"{access.shown_url}, model {self._server.model}"
+                self.where = f"{access.shown_url}, model {self._server.model}"
                 client = Client(self._server, access)
                 try:
                     await self._look_at_model(client)
@@ -159,13 +178,12 @@ class Asker:
 
     async def _look_at_model(self, client: Client) -> None:
         """Warn of a model that is about to go; many servers don't tell, and that is no failure."""
-        reply, day = await client.shutdown_date(self._server.model)
-        if reply.http_status in (401, 403):
-            raise ServerError(words_of(reply), where=self._where, remedy=remedy_for(reply))
-        if day is not None and (day - datetime.now(UTC).date()).days <= WARN_DAYS:
-            self._progress.note(
-                f"warning: {self._server.model} is to be shut down on {day}: name another model by then"
-            )
+        reply = await client.look_at_model(self._server.model)
+        if reply.http_status == 401:  # 403: some keys may chat and not look
+            raise ServerError(words_of(reply), where=self.where, remedy=remedy_for(reply))
+        warning = shutdown_warning(self._server.model, reply.text)
+        if warning is not None:
+            self._progress.note(warning)
 
 
 def _pause_asked(reply: Reply) -> float | None:

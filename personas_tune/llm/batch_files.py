@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,16 @@ class Bounds:
     """How large an input file may be, though a single request always has a place.
 
     Args:
-        max_requests: Most requests, or texts to embed.
+        max_requests: Most requests.
         max_bytes: Most bytes.
         max_tokens: Most input tokens, by our own count.
+        allows: Whether the budget does; what it allows goes into files of its own, ahead of the rest.
     """
 
     max_requests: int
     max_bytes: int
     max_tokens: int = sys.maxsize
+    allows: Callable[[Usage], bool] = lambda _: True
 
 
 class DamagedFileError(Exception):
@@ -48,13 +50,16 @@ def write_input_files(questions: Iterable[tuple[Call, str | None]], folder: Path
         bounds: How large a file may be.
     """
     file: _OpenFile | None = None
+    total = Usage()
     try:
         for call, complaint in questions:
-            if file is not None and call.request.sha256 in file.parts:
+            if file is not None and call.request.sha256 in file.requests:
                 continue
             body = call.request.body_after(complaint)
             line, estimate = _line_of(call, body), estimated_usage(body, call.expected_output_tokens)
-            if file is not None and not file.has_room_for(call, len(line), estimate, bounds):
+            was_allowed, total = bounds.allows(total), total + estimate
+            is_too_dear = was_allowed and not bounds.allows(total)
+            if file is not None and (is_too_dear or not file.has_room_for(call, len(line), estimate, bounds)):
                 yield file.finish()
                 file = None
             if file is None:
@@ -83,15 +88,14 @@ class _OpenFile:
         self.stream = os.fdopen(descriptor, "wb")
         self._digest = hashlib.sha256()
         self._n_bytes = 0
-        self._n_inputs = 0
         self._estimate = Usage()
-        self.parts: dict[str, tuple[str, ...]] = {}
+        self.requests: set[str] = set()
 
     def has_room_for(self, call: Call, n_bytes: int, estimate: Usage, bounds: Bounds) -> bool:
         """Whether the call may go into this file; all of its calls have one endpoint and one model."""
         return (
             (call.request.path, call.request.body["model"]) == (self._path, self._model)
-            and self._n_inputs + _n_inputs(call) <= bounds.max_requests
+            and len(self.requests) < bounds.max_requests
             and self._n_bytes + n_bytes <= bounds.max_bytes
             and self._estimate.input_tokens + estimate.input_tokens <= bounds.max_tokens
         )
@@ -100,8 +104,7 @@ class _OpenFile:
         self.stream.write(line)
         self._digest.update(line)
         self._n_bytes += len(line)
-        self._n_inputs += _n_inputs(call)
-        self.parts[call.request.sha256] = call.parts
+        self.requests.add(call.request.sha256)
         self._estimate += estimate
 
     def finish(self) -> Contents:
@@ -110,11 +113,7 @@ class _OpenFile:
         self.stream.close()
         sha256 = self._digest.hexdigest()
         os.replace(self._part, self._folder / f"{sha256}.jsonl")
-        return Contents(sha256, self._path, self._model, self._n_bytes, self.parts, self._estimate)
-
-
-def _n_inputs(call: Call) -> int:
-    return max(1, len(call.parts))
+        return Contents(sha256, self._path, self._model, self._n_bytes, self.requests, self._estimate)
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def _answer_of(line: dict[str, Any]) -> Answer:
     return Answer(str(line["custom_id"]), int(response["status_code"]), json.dumps(response["body"]), request_id)
 
 
-def attempt_of(answer: Answer, shard: Shard, parts: tuple[str, ...], ended: float) -> Attempt:
+def attempt_of(answer: Answer, shard: Shard, ended: float) -> Attempt:
     """What goes into the journal about an answer."""
     is_good = answer.http_status == 200
     return Attempt(
@@ -177,5 +176,4 @@ def attempt_of(answer: Answer, shard: Shard, parts: tuple[str, ...], ended: floa
         via="batch",
         started=shard.changed,
         ended=ended,
-        parts=parts,
     )

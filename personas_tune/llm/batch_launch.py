@@ -6,7 +6,8 @@ from pathlib import Path
 
 from personas_tune.errors import MissingInputError, ServerError
 from personas_tune.llm.batch_ledger import Ledger, Shard
-from personas_tune.llm.batch_server import BatchServer, Unsure
+from personas_tune.llm.batch_line import Unsure
+from personas_tune.llm.batch_server import BatchServer
 from personas_tune.llm.batch_stop import Stop
 
 
@@ -30,6 +31,9 @@ class Launcher:
         """Adopt the batches that an earlier run had made without learning so, and drop the shards that have none.
 
         What was under way when that run ended gets ``poll_s`` to arrive.
+
+        Raises:
+            ServerError: If the batch that was being made may be at another server.
         """
         under_way = self._ledger.shards("uploading", "creating")
         if under_way:
@@ -37,8 +41,11 @@ class Launcher:
             note(f"the last run was broken off: {max(0.0, wait_s):.0f} s until what it had sent is looked for")
             stop.sleep(wait_s)
         for shard in self._ledger.shards("intended", "uploading", "uploaded", "creating"):
-            if not self.adopt(shard):
-                self.drop(shard)
+            if self.adopt(shard):
+                continue
+            if shard.state == "creating":
+                self._server.check_gone(shard, self._ledger.job)
+            self.drop(shard)
         self._batches = None
 
     def adopt(self, shard: Shard) -> bool:
@@ -48,7 +55,7 @@ class Launcher:
         batch_id = self._batches.get((shard.sha256, shard.number))
         if batch_id is None:
             return False
-        self._ledger.created(shard, batch_id)
+        self._ledger.created(shard, batch_id, self._server.made_with(self._ledger.job))
         return True
 
     def launch(self, shard: Shard) -> None:
@@ -59,7 +66,7 @@ class Launcher:
             ServerError: If the server won't make it.
         """
         file_id = shard.file_id or self._find_file(shard) or self._upload(shard)
-        self._ledger.creating(shard)
+        self._ledger.creating(shard, self._server.made_with(self._ledger.job))
         try:
             batch_id = self._server.create(shard, file_id, self._ledger.job)
         except Unsure:
@@ -68,7 +75,7 @@ class Launcher:
         except ServerError:
             self._ledger.uploaded(shard, file_id)
             raise
-        self._ledger.created(shard, batch_id)
+        self._ledger.created(shard, batch_id, self._server.made_with(self._ledger.job))
 
     def give_up(self, shard: Shard) -> None:
         """Close a shard whose batch was turned away; its requests are free for another."""

@@ -4,21 +4,23 @@ A *shard* is one input file and the batch made of it. It goes through the states
 
     intended -> uploading -> uploaded -> creating -> created -> collected
 
-or the server turns it away as a whole. Until its batch is being created nothing of it was asked, so an
+or the server turns it away as a whole, or loses it. Until its batch is being created nothing of it was asked, so an
 interrupted job drops it and makes it anew.
 """
 
 import json
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from personas_tune.errors import JournalError
 from personas_tune.llm.journal import Journal, Usage
 
-State: TypeAlias = Literal["intended", "uploading", "uploaded", "creating", "created", "collected", "turned away"]
+State: TypeAlias = Literal[
+    "intended", "uploading", "uploaded", "creating", "created", "collected", "turned away", "gone"
+]
 
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS batch_job (id TEXT NOT NULL)",
@@ -37,12 +39,12 @@ _TABLES = (
         output_tokens INTEGER NOT NULL,
         file_id TEXT,
         batch_id TEXT,
+        made_with TEXT,
         UNIQUE (sha256, try)
     )""",
     """CREATE TABLE IF NOT EXISTS batch_requests (
         request TEXT PRIMARY KEY,
-        shard INTEGER NOT NULL REFERENCES batch_shards (id),
-        parts TEXT NOT NULL
+        shard INTEGER NOT NULL REFERENCES batch_shards (id)
     ) WITHOUT ROWID""",
     "CREATE INDEX IF NOT EXISTS batch_requests_by_shard ON batch_requests (shard)",
 )
@@ -58,7 +60,7 @@ class Contents:
         path: The endpoint of all its requests, below the base URL.
         model: The model that all of them ask.
         n_bytes: Its size.
-        parts: By the names of its requests, what each one's answer is made of.
+        requests: Names of its requests.
         estimate: What its answers probably take.
     """
 
@@ -66,7 +68,7 @@ class Contents:
     path: str
     model: str
     n_bytes: int
-    parts: Mapping[str, tuple[str, ...]]
+    requests: Collection[str]
     estimate: Usage
 
 
@@ -88,6 +90,7 @@ class Shard:
         estimate: What its answers probably take.
         file_id: The server's name of its input file.
         batch_id: The server's name of its batch.
+        made_with: Address and key that its batch is found with, as the server's ``made_with`` tells them.
     """
 
     id: int
@@ -103,6 +106,7 @@ class Shard:
     estimate: Usage
     file_id: str | None
     batch_id: str | None
+    made_with: str | None
 
     @property
     def file_name(self) -> str:
@@ -140,18 +144,16 @@ class Ledger:
                 "input_tokens, output_tokens) VALUES "
                 "(?1, ?2, (SELECT coalesce(max(try), 0) + 1 FROM batch_shards WHERE sha256 = ?2), 'intended', "
                 "?3, ?4, ?5, ?6, ?7, ?8, ?9) RETURNING id",
-                (wave, contents.sha256, time.time(), contents.path, contents.model, len(contents.parts),
+                (wave, contents.sha256, time.time(), contents.path, contents.model, len(contents.requests),
                  contents.n_bytes, usage.input_tokens, usage.output_tokens),
             )  # fmt: skip
-            for request, parts in contents.parts.items():
-                self._journal.execute(
-                    "INSERT INTO batch_requests VALUES (?, ?, ?)", (request, shard, json.dumps(parts))
-                )
+            for request in contents.requests:
+                self._journal.execute("INSERT INTO batch_requests VALUES (?, ?)", (request, shard))
 
     def shards(self, *states: State) -> list[Shard]:
         """The shards in one of these states, oldest first."""
         rows = self._journal.execute(
-            f"SELECT {_COLUMNS}, file_id, batch_id FROM batch_shards "
+            f"SELECT {_COLUMNS}, file_id, batch_id, made_with FROM batch_shards "
             "WHERE state IN (SELECT value FROM json_each(?)) ORDER BY id",
             (json.dumps(states),),
         )
@@ -161,16 +163,15 @@ class Ledger:
         """Whether an answer to the request of that sha256 is on its way."""
         return bool(self._journal.execute("SELECT 1 FROM batch_requests WHERE request = ?", (request,)))
 
-    def take(self, shard: Shard, request: str) -> tuple[str, ...] | None:
-        """An answer of the shard is being kept: its parts; None if the shard waits for no such answer (any more)."""
-        rows = self._journal.execute(
-            "DELETE FROM batch_requests WHERE request = ? AND shard = ? RETURNING parts", (request, shard.id)
-        )
-        return tuple(json.loads(rows[0][0])) if rows else None
+    def take(self, shard: Shard, request: str) -> bool:
+        """An answer of the shard is being kept; False if the shard waits for no such answer (any more)."""
+        delete = "DELETE FROM batch_requests WHERE request = ? AND shard = ? RETURNING 1"
+        return bool(self._journal.execute(delete, (request, shard.id)))
 
     def unanswered(self, shard: Shard) -> list[str]:
         """Names of the requests that the shard still waits for."""
-        return [name for (name,) in self._journal.execute(_REQUESTS_OF, (shard.id,))]
+        rows = self._journal.execute("SELECT request FROM batch_requests WHERE shard = ?", (shard.id,))
+        return [name for (name,) in rows]
 
     def uploading(self, shard: Shard) -> None:
         """Its input file is about to be sent."""
@@ -180,13 +181,13 @@ class Ledger:
         """Its input file is at the server."""
         self._move(shard, "uploaded", file_id=file_id)
 
-    def creating(self, shard: Shard) -> None:
+    def creating(self, shard: Shard, made_with: str) -> None:
         """Its batch is about to be asked for."""
-        self._move(shard, "creating")
+        self._move(shard, "creating", made_with=made_with)
 
-    def created(self, shard: Shard, batch_id: str) -> None:
+    def created(self, shard: Shard, batch_id: str, made_with: str) -> None:
         """Its batch is at the server."""
-        self._move(shard, "created", batch_id=batch_id)
+        self._move(shard, "created", batch_id=batch_id, made_with=made_with)
 
     def collected(self, shard: Shard) -> None:
         """Whatever it answered is in the journal; nothing else is waited for."""
@@ -195,6 +196,10 @@ class Ledger:
     def turned_away(self, shard: Shard) -> None:
         """Its batch failed as a whole; the next of the same bytes gets the next number."""
         self._close(shard, "turned away")
+
+    def gone(self, shard: Shard) -> None:
+        """Its batch, or a file of answers, is not at the server any more."""
+        self._close(shard, "gone")
 
     def ask_anew(self, shard: Shard) -> None:
         """Its batch failed as a whole, and is to be made again under the next number."""
@@ -222,12 +227,9 @@ class Ledger:
         self._journal.execute(f"UPDATE batch_shards SET {assignments} WHERE id = ?", (*values.values(), shard.id))
 
 
-_REQUESTS_OF = "SELECT request FROM batch_requests WHERE shard = ?"
-
-
 def _shard_of(row: tuple[Any, ...]) -> Shard:
-    *first, input_tokens, output_tokens, file_id, batch_id = row
-    values: list[Any] = [*first, Usage(input_tokens, 0, output_tokens), file_id, batch_id]
+    *first, input_tokens, output_tokens, file_id, batch_id, made_with = row
+    values: list[Any] = [*first, Usage(input_tokens, 0, output_tokens), file_id, batch_id, made_with]
     return Shard(*values)
 
 

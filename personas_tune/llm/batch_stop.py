@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+LONGEST_SLEEP_S = 86_400.0  # the operating system takes no number of seconds
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -63,9 +64,9 @@ class Stop:
             pass
 
     def sleep(self, seconds: float) -> None:
-        """Wait, unless a signal comes."""
+        """Wait, a day at most, unless a signal comes."""
         with self.allowed():
-            time.sleep(max(0.0, seconds))
+            time.sleep(min(max(0.0, seconds), LONGEST_SLEEP_S))
 
     def _heed(self, number: int, frame: FrameType | None) -> None:
         self._signal_number = number

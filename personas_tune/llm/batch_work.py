@@ -1,7 +1,5 @@
 """Looks after all shards of a job until they are collected."""
 
-import re
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,19 +7,19 @@ from pathlib import Path
 from openai.types import Batch
 
 from personas_tune.errors import PersonasTuneError, ServerError
-from personas_tune.llm.batch_collect import Gain, collect
+from personas_tune.llm.batch_collect import Gain, collect, write_off
 from personas_tune.llm.batch_launch import Launcher
 from personas_tune.llm.batch_ledger import Ledger, Shard
-from personas_tune.llm.batch_server import BatchServer, Unsure
+from personas_tune.llm.batch_line import Unsure
+from personas_tune.llm.batch_server import BatchServer
+from personas_tune.llm.batch_status import codes_of, is_over, limit_in, n_answered, words_in
 from personas_tune.llm.batch_stop import Stop
 from personas_tune.llm.budget import Budget
 from personas_tune.llm.failures import remedy_for, verdict_on, words_of
 from personas_tune.llm.journal import Journal, Usage
 
-OVER = ("completed", "expired", "cancelled")
 OVER_LIMIT = "token_limit_exceeded"
 LONGEST_WAIT = 32  # in polls, for room among the enqueued tokens
-_LIMIT = re.compile(r"Limit: ([\d,]+)")
 
 
 class Work:
@@ -66,6 +64,12 @@ class Work:
     def is_left(self) -> bool:
         """Whether there is any shard to look after."""
         return bool(self._waiting() or self._ledger.shards("created"))
+
+    def warn_of_shutdown(self, model: str) -> None:
+        """Tell the user if the model is about to go."""
+        warning = self._server.shutdown_warning(model)
+        if warning is not None:
+            self._note(warning)
 
     def work_off(self) -> None:
         """Look after all shards until they are collected, or until some have to be made smaller.
@@ -121,43 +125,58 @@ class Work:
         if self._budget.allows(shard.estimate, "batch"):
             return True
         if not self._ledger.shards("created"):
-            raise self._budget.error(shard.estimate, str(self._journal.path), "batch")
+            batch = f"batch of {shard.n_requests} requests"
+            raise self._budget.error(shard.estimate, str(self._journal.path), "batch", batch)
         return False
 
     def _try_later(self, failure: Unsure) -> None:
         self._n_unsure += 1
-        self._server.give_up_after(self._n_unsure, failure)
+        self._server.line.give_up_after(self._n_unsure, failure)
         self._note(f"{failure}; looking whether it was done, then trying again")
         self._next_launch = time.monotonic() + max(self._poll_s, failure.wait_s or 0.0)
 
     def _look_at(self, shards: list[Shard]) -> None:
-        looks = [(shard, self._server.batch(shard.batch_id or "")) for shard in shards]
-        self._counts |= {shard.id: (_n_answered(batch), shard.n_requests) for shard, batch in looks}
-        over = [look for look in looks if _is_over(look[1])]
+        looks = [(shard, batch) for shard in shards if (batch := self._batch_of(shard)) is not None]
+        self._counts |= {shard.id: (n_answered(batch), shard.n_requests) for shard, batch in looks}
+        over = [look for look in looks if is_over(look[1])]
         failed = [look for look in looks if look[1].status == "failed"]
         for shard, batch in over:
             self._collect(shard, batch)
         for shard, _ in failed:
             self._budget.settle(shard.estimate, Usage(), "batch")
             del self._counts[shard.id]
-        too_much = [look for look in failed if OVER_LIMIT in _codes_of(look[1])]
+        too_much = [look for look in failed if OVER_LIMIT in codes_of(look[1])]
         self._wait_for_room(too_much, is_room=bool(over))
         self._tell()
-        self._give_up([look for look in failed if OVER_LIMIT not in _codes_of(look[1])])
+        self._give_up([look for look in failed if OVER_LIMIT not in codes_of(look[1])])
+
+    def _batch_of(self, shard: Shard) -> Batch | None:
+        """The shard's batch; None if it is gone, which is written off then."""
+        batch = self._server.batch(shard, self._ledger.job)
+        if batch is None:
+            self._server.check_gone(shard, self._ledger.job)
+            self._settle(shard, write_off(shard, ledger=self._ledger, journal=self._journal, stop=self._stop))
+        return batch
+
+    def _settle(self, shard: Shard, gain: Gain) -> None:
+        self._budget.settle(shard.estimate, gain.usage, "batch")
+        self._counts[shard.id] = (gain.n_answered, shard.n_requests)
+        if gain.n_lost:
+            what = f"batch {shard.batch_id}, or a file of its answers, is not at this server any more"
+            self._note(f"{what}; {gain.n_lost} of its {shard.n_requests} requests are asked again")
 
     def _collect(self, shard: Shard, batch: Batch) -> None:
         gain = collect(
             shard, batch, server=self._server, ledger=self._ledger, journal=self._journal, folder=self._folder,
             stop=self._stop,
         )  # fmt: skip
-        self._budget.settle(shard.estimate, gain.usage, "batch")
-        self._counts[shard.id] = (gain.n_answered, shard.n_requests)
+        self._settle(shard, gain)
         self._end = self._end or self._reason_to_end(shard, batch, gain)
 
     def _reason_to_end(self, shard: Shard, batch: Batch, gain: Gain) -> ServerError | None:
         reply = gain.objection
         if reply is not None and (verdict_on(reply) == "stop" or not self._has_answers(shard)):
-            return ServerError(words_of(reply), where=self._server.where, remedy=remedy_for(reply))
+            return ServerError(words_of(reply), where=self._server.line.where, remedy=remedy_for(reply))
         if batch.status == "cancelled":
             remedy = "its answers are kept; run the same command to ask for the rest"
             return ServerError("cancelled at the server", where=f"batch {batch.id}", remedy=remedy)
@@ -171,7 +190,7 @@ class Work:
             self._launcher.give_up(shard)
         for _, batch in refused:
             remedy = "mend it, then run the same command"
-            raise ServerError(_words_of(batch), where=f"batch {batch.id} failed", remedy=remedy)
+            raise ServerError(words_in(batch), where=f"batch {batch.id} failed", remedy=remedy)
 
     def _wait_for_room(self, too_much: list[tuple[Shard, Batch]], *, is_room: bool) -> None:
         """Ask again for the batches that were too much, when others are over or after a while that grows.
@@ -180,14 +199,14 @@ class Work:
         """
         is_idle = len(self._ledger.shards("created")) == len(too_much)
         for shard, batch in too_much:
-            limit = _limit_in(_words_of(batch))
+            limit = limit_in(words_in(batch))
             if shard.n_requests == 1 or shard.estimate.input_tokens <= (limit // 2 if is_idle else limit):
                 self._ledger.ask_anew(shard)
             else:
                 self._launcher.give_up(shard)
                 self.most_tokens = max(1, limit // 2)
         if too_much:
-            self._note(f"{_words_of(too_much[0][1])} (waiting for room)")
+            self._note(f"{words_in(too_much[0][1])} (waiting for room)")
             self._n_full = 1 if is_room else self._n_full + 1
             self._next_launch = time.monotonic() + self._poll_s * min(2**self._n_full, LONGEST_WAIT)
         if is_room:
@@ -209,31 +228,3 @@ class Work:
         if words != self._told:
             self._told = words
             self._note(words)
-
-
-def _is_over(batch: Batch) -> bool:
-    """Whether nothing more will come, and what came can be fetched."""
-    return batch.status in OVER and (batch.output_file_id is not None or _n_answered(batch) == 0)
-
-
-def _n_answered(batch: Batch) -> int:
-    return batch.request_counts.completed if batch.request_counts else 0
-
-
-def _codes_of(batch: Batch) -> set[str | None]:
-    return {error.code for error in (batch.errors and batch.errors.data) or []}
-
-
-def _words_of(batch: Batch) -> str:
-    """Why the server turned the batch away, in its own words."""
-    errors = (batch.errors and batch.errors.data) or []
-    words = [
-        f"{error.message or error.code}{'' if error.line is None else f' (line {error.line})'}" for error in errors
-    ]
-    return " ".join(words[:3]) or "no reason given"
-
-
-def _limit_in(words: str) -> int:
-    """How many tokens may be enqueued, if the words tell."""
-    found = _LIMIT.search(words)
-    return int(found[1].replace(",", "")) if found else sys.maxsize

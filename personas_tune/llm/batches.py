@@ -8,12 +8,14 @@ import sys
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
 from personas_tune.errors import Interrupted
 from personas_tune.llm.batch_files import Bounds, was_passed_over, write_input_files
 from personas_tune.llm.batch_ledger import Ledger, refuse_open_batches
+from personas_tune.llm.batch_line import Line
 from personas_tune.llm.batch_server import BatchServer
 from personas_tune.llm.batch_stop import Stop, Stopped
 from personas_tune.llm.batch_work import Work
@@ -69,12 +71,13 @@ def run_batches(
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     ledger = Ledger(journal)
-    budget = Budget(server.prices, server.max_usd, server.max_tokens, before=journal.totals(server.model))
-    with Stop() as stop, BatchServer(server, poll_s, stop, _note) as api:
+    budget = Budget(server.prices, server.max_usd, server.max_tokens, journal.totals(server.model), server.section)
+    with Stop() as stop, closing(Line(server, poll_s, stop, _note)) as line:
         waves = Waves(make_chains, journal, ledger, stop, folder, max_tries)
-        work = Work(ledger, journal, api, budget, folder, poll_s, stop, _note)
+        work = Work(ledger, journal, BatchServer(line, stop), budget, folder, poll_s, stop, _note)
         try:
-            return _run_waves(waves, work, Bounds(max_requests, max_bytes))
+            bounds = Bounds(max_requests, max_bytes, allows=partial(budget.allows, via="batch"))
+            return _run_waves(waves, work, bounds, server.model)
         except Stopped as stopped:
             n_open = len(ledger.shards("creating", "created"))
             raise Interrupted(stopped.signal_number, f"batches that go on at the server: {n_open}") from None
@@ -84,13 +87,15 @@ def _note(text: str) -> None:
     print(f"batches: {text}", file=sys.stderr, flush=True)
 
 
-def _run_waves(waves: "Waves", work: Work, bounds: Bounds) -> dict[str, str]:
+def _run_waves(waves: "Waves", work: Work, bounds: Bounds, model: str) -> dict[str, str]:
     work.resume()
-    while True:
-        incomplete = waves.write_next(replace(bounds, max_tokens=work.most_tokens or bounds.max_tokens))
-        if not work.is_left:
-            return incomplete
+    incomplete = waves.write_next(bounds)
+    if work.is_left:
+        work.warn_of_shutdown(model)
+    while work.is_left:
         work.work_off()
+        incomplete = waves.write_next(replace(bounds, max_tokens=work.most_tokens or bounds.max_tokens))
+    return incomplete
 
 
 class Waves:

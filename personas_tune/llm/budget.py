@@ -8,6 +8,7 @@ from typing import Any
 from personas_tune.errors import BudgetError
 from personas_tune.llm.journal import Total, Usage, Via
 
+MOST_TOKENS = 2**53  # told by a server; more are a mistake, and too long a number for the journal
 TOKENS_PER_CHARACTER = 0.25  # of English text; enough for limits, corrected by what servers count
 
 
@@ -55,13 +56,18 @@ def usage_in(body: str) -> Usage | None:
     try:
         told = json.loads(body)["usage"]
         details = told.get("prompt_tokens_details") or {}
+        n_input = _n_tokens(told["prompt_tokens"])
         return Usage(
-            input_tokens=int(told["prompt_tokens"]),
-            cached_tokens=int(details.get("cached_tokens") or 0),
-            output_tokens=int(told.get("completion_tokens") or 0),
+            input_tokens=n_input,
+            cached_tokens=min(_n_tokens(details.get("cached_tokens") or 0), n_input),
+            output_tokens=_n_tokens(told.get("completion_tokens") or 0),
         )
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
+
+
+def _n_tokens(told: Any) -> int:
+    return min(max(int(told), 0), MOST_TOKENS)
 
 
 class Budget:
@@ -72,6 +78,7 @@ class Budget:
         max_usd: What the whole job may cost; no bound if None.
         max_tokens: Input and output tokens that the whole job may take; no bound if None.
         before: What earlier runs of the job spent, from :meth:`Journal.totals`.
+        section: The part of a config that has the bounds, for messages.
     """
 
     def __init__(
@@ -80,8 +87,10 @@ class Budget:
         max_usd: float | None = None,
         max_tokens: int | None = None,
         before: Iterable[Total] = (),
+        section: str = "distill",
     ) -> None:
         self._prices = prices
+        self._section = section
         self._max_usd = max_usd
         self._max_tokens = max_tokens
         self.spent_tokens = 0
@@ -114,13 +123,19 @@ class Budget:
         self._reserved = self._reserved - estimate
         self._spend(usage, via)
 
-    def error(self, estimate: Usage, kept_in: str, via: Via = "online") -> BudgetError:
-        """Why a call of that estimate isn't sent."""
+    def error(self, estimate: Usage, kept_in: str, via: Via = "online", what_next: str = "call") -> BudgetError:
+        """Why a call, or whatever ``what_next`` names, of that estimate isn't sent."""
         if self._max_tokens is not None and self.spent_tokens + estimate.tokens > self._max_tokens:
-            what = f"{self.spent_tokens} tokens are spent, the next call takes about {estimate.tokens}"
-            return BudgetError(what, where=f"max_tokens={self._max_tokens}", remedy=_remedy("max_tokens", kept_in))
-        what = f"{self.spent_usd:.4g} USD are spent, the next call costs about {self.cost_usd(estimate, via):.2g} USD"
-        return BudgetError(what, where=f"max_usd={self._max_usd:g}", remedy=_remedy("max_usd", kept_in))
+            what = f"{self.spent_tokens} tokens are spent, the next {what_next} takes about {estimate.tokens}"
+            return self._told(what, "max_tokens", str(self._max_tokens), kept_in)
+        cost = f"{self.cost_usd(estimate, via):.2g} USD"
+        what = f"{self.spent_usd:.4g} USD are spent, the next {what_next} costs about {cost}"
+        return self._told(what, "max_usd", f"{self._max_usd:g}", kept_in)
+
+    def _told(self, what: str, name: str, value: str, kept_in: str) -> BudgetError:
+        key = f"{self._section}.{name}"
+        remedy = f"every answer is kept in {kept_in}: raise {key} and run the same command to go on"
+        return BudgetError(what, where=f"{key}={value}", remedy=remedy)
 
     def __str__(self) -> str:
         """What is spent and what remains, for a progress bar."""
@@ -129,7 +144,3 @@ class Budget:
             return f"{self.spent_tokens} tokens{remaining}"
         remaining = "" if self._max_usd is None else f", {max(self._max_usd - self.spent_usd, 0):.2f} left"
         return f"{self.spent_usd:.2f} USD{remaining}"
-
-
-def _remedy(key: str, kept_in: str) -> str:
-    return f"every answer is kept in {kept_in}: raise {key} and run the same command to go on"

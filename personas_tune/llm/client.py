@@ -5,15 +5,13 @@ attempt is an attempt of ours.
 """
 
 import asyncio
-import json
 from collections.abc import Mapping
-from datetime import UTC, date, datetime
 from typing import Any
 
 import openai
 
-from personas_tune.errors import ConfigError
 from personas_tune.llm.calls import CHAT, EMBEDDINGS
+from personas_tune.llm.connecting import connect, headers_for
 from personas_tune.llm.failures import Reply
 from personas_tune.llm.settings import Access, ServerSettings
 
@@ -38,8 +36,8 @@ class Client:
     def __init__(self, server: ServerSettings, access: Access) -> None:
         self._access = access
         self._timeout_s = server.timeout_s
-        self._headers = _headers_for(access)
-        self._openai = _connect(server, access)
+        self._headers = headers_for(access)
+        self._openai = connect(openai.AsyncOpenAI, server, access)
         self._create = {
             CHAT: self._openai.chat.completions.with_raw_response.create,
             EMBEDDINGS: self._openai.embeddings.with_raw_response.create,
@@ -59,11 +57,10 @@ class Client:
         create = self._create[path]
         return await self._reply(create, self._timeout_s, model=body["model"], **_ARGUMENTS[path], extra_body=body)
 
-    async def shutdown_date(self, model: str) -> tuple[Reply, date | None]:
-        """When the server's model is to be shut down, if the server tells."""
+    async def look_at_model(self, model: str) -> Reply:
+        """What the server tells of a model."""
         look = self._openai.models.with_raw_response.retrieve
-        reply = await self._reply(look, min(LOOK_AT_MODEL_S, self._timeout_s), model=model)
-        return reply, _shutdown_date_in(reply.text) if reply.status == "answered" else None
+        return await self._reply(look, min(LOOK_AT_MODEL_S, self._timeout_s), model=model)
 
     async def _reply(self, request: Any, timeout_s: float, **arguments: Any) -> Reply:
         try:
@@ -88,36 +85,5 @@ class Client:
         return Reply(status, response.status_code, text, headers)
 
 
-def _connect(server: ServerSettings, access: Access) -> openai.AsyncOpenAI:
-    try:
-        return openai.AsyncOpenAI(
-            base_url=access.base_url,
-            api_key=access.api_key or "none",
-            timeout=server.timeout_s,
-            max_retries=0,
-        )
-    except Exception as error:  # of the HTTP library, whose name differs between versions of openai
-        if type(error).__name__ != "InvalidURL":
-            raise
-    raise ConfigError(f"{access.shown_url!r} is no address", where="base_url")
-
-
-def _headers_for(access: Access) -> dict[str, Any]:
-    """What to send in place of the library's own ``Authorization``."""
-    if access.basic is not None:
-        return {"Authorization": access.basic}
-    return {} if access.api_key is not None else {"Authorization": openai.Omit()}
-
-
 def _was_sent(error: BaseException) -> bool:
     return type(error.__cause__).__name__ not in _BEFORE_SENDING
-
-
-def _shutdown_date_in(body: str) -> date | None:
-    try:
-        told = json.loads(body)["shutdown_date"]
-        if isinstance(told, str):
-            return date.fromisoformat(told[:10])
-        return datetime.fromtimestamp(told, UTC).date()
-    except (ValueError, LookupError, TypeError, OverflowError, OSError, RecursionError):
-        return None

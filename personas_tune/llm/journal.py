@@ -144,18 +144,11 @@ class Journal:
         )
         return [response for (response,) in rows]
 
-    def part(self, name: str) -> tuple[str, int] | None:
-        """The body of the newest answer that holds the part of that name, and the part's place in it."""
-        rows = self.execute(
-            "SELECT response, place FROM parts JOIN attempts ON attempts.id = attempt_id WHERE name = ?", (name,)
-        )
-        return rows[0] if rows else None
-
-    def totals(self, model: str | None = None) -> list[Total]:
-        """Sums over all attempts by way and status, those for one model only if it is given."""
+    def totals(self, model: str) -> list[Total]:
+        """Sums over all attempts with that model, by way and status."""
         rows = self.execute(
             "SELECT via, status, count(*), sum(input_tokens), sum(cached_tokens), sum(output_tokens) FROM attempts "
-            "WHERE ?1 IS NULL OR model = ?1 GROUP BY via, status ORDER BY via, status",
+            "WHERE model = ? GROUP BY via, status ORDER BY via, status",
             (model,),
         )
         return [Total(via, status, n, Usage(*tokens)) for via, status, n, *tokens in rows]
@@ -224,6 +217,8 @@ class Journal:
                 self._commit(attempts)
         except JournalError as error:
             return error
+        except Exception as error:  # each of them is waited for, whatever went wrong
+            return JournalError(f"{len(attempts)} answers can't be kept: {error!r}", where=str(self.path))
         return None
 
     def _commit(self, attempts: Sequence[Attempt]) -> None:

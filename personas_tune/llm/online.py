@@ -7,8 +7,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from personas_tune.errors import Interrupted
-from personas_tune.llm.asking import Asker, Incomplete, Refused
+from personas_tune.errors import Interrupted, ServerError
+from personas_tune.llm.asking import Asker, Incomplete, Refused, Spoilt
 from personas_tune.llm.budget import Budget
 from personas_tune.llm.calls import Call, Chain
 from personas_tune.llm.journal import Journal
@@ -18,6 +18,7 @@ from personas_tune.llm.replay import read_first_usable
 from personas_tune.llm.settings import ServerSettings
 
 REFUSALS_OF_A_WRONG_SETTING = 3  # before any answer
+MOST_SPOILT = 10  # users whose answers were all rejected, before any usable one; a user is some paid answers
 LOOK_EVERY_S = 0.05
 
 
@@ -51,7 +52,8 @@ def run_online(
         BudgetError: If the budget is spent.
         Interrupted: If a signal came.
     """
-    budget = Budget(server.prices, server.max_usd, server.max_tokens, before=journal.totals(server.model))
+    before = journal.totals(server.model)
+    budget = Budget(server.prices, server.max_usd, server.max_tokens, before, server.section)
     with Progress(what, n_calls, budget) as progress:
         return asyncio.run(_run_all(chains, journal, server, max_tries, budget, progress))
 
@@ -101,22 +103,24 @@ class Run:
     _under_way: dict[str, asyncio.Event] = field(default_factory=dict)
     _incomplete: dict[int, tuple[str, str]] = field(default_factory=dict)
     _refusals: list[Refused] = field(default_factory=list)
+    _n_spoilt: int = 0
+    _most_spoilt: int = MOST_SPOILT
     _stopped_by: Exception | int | None = None
+    _n_signals: int = 0
 
     async def work_off(self, n_workers: int) -> None:
         """Run all chains, so many at a time, until they are done or the run is stopped."""
+        self._most_spoilt = max(3, min(MOST_SPOILT, n_workers))
         self._workers = [asyncio.create_task(self._work()) for _ in range(n_workers)]
         await asyncio.wait(self._workers)
 
     def on_signal(self, number: int) -> None:
-        """Send nothing more; when the run is being stopped already, don't wait for what was sent either."""
-        if self._stopped_by is not None:
+        """Send nothing more; after the second signal, don't wait for what was sent either."""
+        self._n_signals += 1
+        self._stop(number)
+        if self._n_signals > 1:
             for worker in self._workers:
                 worker.cancel()
-            return
-        self._stop(number)
-        if self.gate.in_flight:
-            self.progress.note(f"waiting for {self.gate.in_flight} calls in flight; a second signal stops at once")
 
     def outcome(self) -> dict[str, str]:
         """Why chains are unfinished, in their order.
@@ -139,6 +143,8 @@ class Run:
     def _stop(self, reason: Exception | int) -> None:
         if self._stopped_by is None:
             self._stopped_by = reason
+            if self.gate.in_flight:
+                self.progress.note(f"waiting for {self.gate.in_flight} calls in flight; a second signal stops at once")
         self.gate.close()
 
     async def _work(self) -> None:
@@ -165,6 +171,8 @@ class Run:
             self._incomplete[number] = (name, str(gap))
             if isinstance(gap, Refused) and not self._has_answers:
                 await self._blame(gap)
+            if isinstance(gap, Spoilt):
+                self._brake(gap)
         finally:
             chain.close()
 
@@ -175,6 +183,14 @@ class Run:
             await self.gate.nap(LOOK_EVERY_S)
         if not self._has_answers and len(self._refusals) >= REFUSALS_OF_A_WRONG_SETTING:
             raise refused.error
+
+    def _brake(self, spoilt: Spoilt) -> None:
+        """Pay for no more answers when it is plain that none can be used."""
+        self._n_spoilt += 1
+        if self._n_spoilt >= self._most_spoilt and self.progress.n_done == 0:
+            what = f"no answer can be used, the last rejection: {spoilt.complaint}"
+            remedy = "check the model, max_output_tokens and response_format"
+            raise ServerError(what, where=self.asker.where, remedy=remedy)
 
     async def _answer(self, call: Call) -> object:
         """What the call's ``read`` makes of the first usable answer; users may share a call."""
@@ -197,7 +213,7 @@ class Run:
             usable, answer, complaint = read_first_usable(call, [body])
             complaints += complaint
         if not usable:
-            raise Incomplete(f"{len(complaints)} answers rejected, the last: {complaints[-1]}")
+            raise Spoilt(len(complaints), complaints[-1])
         self.progress.call_done()
         return answer
 

@@ -32,7 +32,8 @@ class Progress:
         self._out = sys.stderr if out is None else out
         is_watched = self._out.isatty()
         self._every_s = REFRESH_S if is_watched else LINE_EVERY_S
-        self._next = time.monotonic() + self._every_s
+        self._begun, self._n_before = time.monotonic(), 0  # when the last line was written, and the calls done then
+        self._next = self._begun + self._every_s
         self._noted: dict[str, float] = {}
         self._bar = tqdm(
             total=n_calls, desc=what, unit="call", file=self._out, disable=not is_watched, dynamic_ncols=True,
@@ -56,11 +57,13 @@ class Progress:
     def call_done(self) -> None:
         """A call has a usable answer."""
         self.n_done += 1
+        if self._n_calls is not None and self.n_done > self._n_calls:  # there are calls that nobody can foresee
+            self._n_calls = self._bar.total = self.n_done
         self._bar.update()
         now = time.monotonic()
         if now >= self._next:
             self._next = now + self._every_s
-            self._refresh()
+            self._refresh(now)
 
     def note(self, text: str, kind: str | None = None) -> None:
         """Write a line, unless one of the same kind was written within the last minute."""
@@ -72,8 +75,16 @@ class Progress:
         with tqdm.external_write_mode(file=self._out):
             print(f"{self._what}: {text}", file=self._out, flush=True)
 
-    def _refresh(self) -> None:
+    def _refresh(self, now: float) -> None:
         if self._bar.disable:
-            print(f"{self._what}: {self.share} done, {self._budget}", file=self._out, flush=True)
+            print(f"{self._what}: {self.share} done{self._time_left(now)}, {self._budget}", file=self._out, flush=True)
+            self._begun, self._n_before = now, self.n_done
         else:
             self._bar.set_postfix_str(str(self._budget), refresh=False)
+
+    def _time_left(self, now: float) -> str:
+        """At the pace since the last line: answers in the journal, which come first, are read in no time."""
+        if self._n_calls is None:
+            return ""
+        left_s = (now - self._begun) / (self.n_done - self._n_before) * (self._n_calls - self.n_done)
+        return f", {tqdm.format_interval(left_s)} to go"

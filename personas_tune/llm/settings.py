@@ -12,7 +12,8 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit
 from personas_tune.errors import ConfigError, ServerError
 from personas_tune.llm.budget import Prices
 
-OPENAI_URL = "https://api.openai.com/v1"
+_OPENAI_HOST = "api.openai.com"
+OPENAI_URL = f"https://{_OPENAI_HOST}/v1"
 KEY_VARIABLE = "OPENAI_API_KEY"
 _SHORTEST_SECRET = 8  # local servers take keys such as "none", which are words of any answer
 
@@ -33,6 +34,7 @@ class ServerSettings:
         prices: The model's.
         max_usd: What the whole job may cost, over all runs on one journal.
         max_tokens: Input and output tokens that the whole job may take, over all runs on one journal.
+        section: The part of a config that has these settings, for messages.
     """
 
     model: str
@@ -45,6 +47,7 @@ class ServerSettings:
     prices: Prices | None = None
     max_usd: float | None = None
     max_tokens: int | None = None
+    section: str = "distill"
 
     @classmethod
     def of(cls, section: Mapping[str, Any]) -> "ServerSettings":
@@ -98,26 +101,43 @@ def access_to(server: ServerSettings, environment: Mapping[str, str] = os.enviro
     ``OPENAI_API_KEY``.
 
     Raises:
-        ConfigError: If the address is none.
+        ConfigError: If the address is none, or has a query.
         ServerError: If the server is OpenAI's and there is no key, or if the key can't be one.
     """
-    given = server.base_url or environment.get("OPENAI_BASE_URL") or OPENAI_URL
-    url = _split(given.strip())
+    url = _url_of(server, environment)
     key = environment.get(KEY_VARIABLE, "").strip() or None
     if key is not None and not (key.isascii() and key.isprintable()):
         raise ServerError("holds characters that are in no key", where=KEY_VARIABLE, remedy=_EXPORT)
-    if key is None and url.hostname == "api.openai.com":
+    if key is None and url.hostname == _OPENAI_HOST:
         raise ServerError("no key", where=f"https://{url.hostname}", remedy=_EXPORT)
     bare = url._replace(netloc=url.netloc.rpartition("@")[2])
     return Access(bare.geturl(), key, _basic(url))
 
 
+def output_limit_name(server: ServerSettings, environment: Mapping[str, str] = os.environ) -> str:
+    """What the server calls the bound on an answer's tokens: OpenAI's newer models refuse the older name.
+
+    Raises:
+        ConfigError: If the server's address is none, or has a query.
+    """
+    is_openais = _url_of(server, environment).hostname == _OPENAI_HOST
+    return "max_completion_tokens" if is_openais else "max_tokens"
+
+
 _EXPORT = f"export {KEY_VARIABLE}=... (it is read from nowhere else)"
+
+
+def _url_of(server: ServerSettings, environment: Mapping[str, str]) -> SplitResult:
+    given = server.base_url or environment.get("OPENAI_BASE_URL") or OPENAI_URL
+    return _split(given.strip())
 
 
 def _split(base_url: str) -> SplitResult:
     try:
         url = urlsplit(base_url)
+        if url.query:
+            what = "a query doesn't reach the server's endpoints"
+            raise ConfigError(what, where="base_url", remedy="give the address without it")
         if url.scheme in ("http", "https") and url.hostname and url.port != 0:
             return url
     except ValueError:  # a port that is no number, half a bracket

@@ -15,7 +15,7 @@ from personas_tune.memory.tables import Reflected, write_distilled
 
 NAME = "openai"
 MAX_NAMED = 20  # incomplete users in messages
-LONGEST_PROFILE = 400  # words, about 550 tokens
+LONGEST_PROFILE = 400  # words, about 550 tokens; schema.py knows it too
 WORDS_PER_TOKEN_OF_CONTEXT = 1 / 8
 
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
-from personas_tune.llm.budget import estimated_usage
-from personas_tune.llm.journal import Usage
+from personas_tune.llm.budget import Budget, estimated_usage
+from personas_tune.llm.journal import Total, Usage
 from personas_tune.llm.replay import Answers, read_first_usable
 from personas_tune.llm.settings import ServerSettings
 from personas_tune.memory.history import Ints
@@ -91,12 +91,22 @@ def _walk(history: UserHistory, settings: ReflectionSettings, answers: Answers |
         return
 
 
-def estimate_lines(estimate: Estimate, server: ServerSettings) -> list[str]:
-    """The estimate for people to read, a line each."""
+def estimate_lines(
+    estimate: Estimate, server: ServerSettings, spent: Iterable[Total] = (), *, batch_api: bool = False
+) -> list[str]:
+    """The estimate for people to read, a line each.
+
+    Args:
+        estimate: What is to come.
+        server: Has prices and bounds.
+        spent: What the journal holds for the model already; it counts against the bounds.
+        batch_api: Whether the Batch API is to be used.
+    """
     usage = estimate.usage
+    budget = Budget(server.prices, server.max_usd, server.max_tokens, before=spent)
     lines = [
         f"{estimate.n_users:,} users, {estimate.n_calls:,} calls of {server.model}, {estimate.n_answered:,} of them "
-        "answered already; profiles that outgrow their budget take one more call each",
+        "answered already; each of the others takes a second one if the profile outgrows its budget",
         f"{_amount(usage.input_tokens)} tokens in, {_amount(usage.output_tokens)} out for the rest, estimated from "
         f"the prompts of {estimate.n_sampled:,} users at 4 characters a token",
     ]
@@ -105,8 +115,11 @@ def estimate_lines(estimate: Estimate, server: ServerSettings) -> list[str]:
     else:
         online, batch = (server.prices.cost_usd(usage, via) for via in ("online", "batch"))
         lines.append(f"cost about {online:,.2f} USD online, {batch:,.2f} USD with distill.batch_api=true")
-        if server.max_usd is not None and online > server.max_usd:
-            lines.append(f"that is more than distill.max_usd={server.max_usd:g}: the run would stop there")
+    if not budget.allows(usage, "batch" if batch_api else "online"):
+        bounds = {"max_usd": server.max_usd, "max_tokens": server.max_tokens}
+        named = " ".join(f"distill.{key}={bound:g}" for key, bound in bounds.items() if bound is not None)
+        spent_before = f"{budget.spent_tokens:,} tokens spent"
+        lines.append(f"that is more than {named} allow after {spent_before}: the run would stop on the way")
     lines.append(f"time about {_time(_online_seconds(estimate, server))} online{_assumption(server)}")
     lines.append(
         f"time at most {_time(estimate.n_waves * BATCH_HOURS * 3600)} with distill.batch_api=true: "

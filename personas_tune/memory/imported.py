@@ -11,6 +11,7 @@ from personas_tune.errors import ConfigError, DistillError, MissingInputError, P
 from personas_tune.memory.history import train_rows
 from personas_tune.memory.imported_rows import ImportedRow, read_rows
 from personas_tune.memory.tables import Distilled, memories_table, profiles_table
+from personas_tune.workspace import home_path
 
 Key = TypeVar("Key")
 
@@ -66,7 +67,7 @@ def find_file(path: str | None, key: str) -> Path:
             where=key,
             remedy=f"set {key} to a CSV, JSONL or Parquet file",
         )
-    file = Path(path).expanduser()
+    file = home_path(path)
     if not file.is_file():
         raise MissingInputError(
             f"{path} not found", where=key, remedy="check the path (it counts from the current folder)"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from openai_server import Server
@@ -117,6 +118,34 @@ def test_a_dry_run_tells_the_calls_that_the_run_makes_and_sends_nothing(prepared
     after = distill(prepared, "distill.dry_run=true", "distill.profile_words=400", PRICES)
     assert f"{n_calls} calls of gpt-4o, {n_calls} of them answered already" in after.out
     assert "cost about 0.00 USD" in after.out
+
+
+def test_a_dry_run_of_the_pipeline_ends_with_the_estimate(prepared: Finished, server: Server) -> None:
+    outcome = run_recipe("persona_pipeline", prepared.config, "distill.dry_run=true", PRICES)
+    assert outcome.status == 0
+    assert "nothing was sent" in outcome.out
+    assert "persona_cluster" not in outcome.out
+    assert server.requests() == []
+
+
+def test_items_of_test_rows_alone_are_never_sent(prepared: Finished, server: Server) -> None:
+    """What the server was asked about stands in its answers' reasons and favourites, and so in the journal."""
+    path = prepared.root / "data" / "items.parquet"
+    items = read(prepared.root, "data/items")
+    rated = [row for row in rows(prepared.root, "data/interactions") if row["split"] == "train"]
+    train_items = {row["item_id"] for row in rated}
+    titles = [
+        f"Seen{number}" if item_id in train_items else f"Canary{number}"
+        for number, item_id in enumerate(items["item_id"].to_pylist())
+    ]
+    genres = [[title] for title in titles]
+    changed = items.set_column(items.column_names.index("title"), "title", pa.array(titles))
+    pq.write_table(changed.set_column(items.column_names.index("genres"), "genres", pa.array(genres)), path)
+    assert distill(prepared, "distill.profile_words=400").status == 0
+    written = b"".join(file.read_bytes() for file in (prepared.root / "memory").iterdir())
+    assert any(title.startswith("Canary") for title in titles)
+    assert b"Seen" in written
+    assert b"Canary" not in written
 
 
 def test_the_batch_api_gives_the_same_tables(prepared: Finished, server: Server, tmp_path: Path) -> None:

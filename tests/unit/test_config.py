@@ -277,6 +277,10 @@ def test_a_section_may_refer_to_another(load):
         ("distill.max_usd=5", "distill: max_usd needs prices"),
         ("distill.sampling={stream: true}", "stream can't be set here"),
         ("distill.memory_words=300", "batch_size 10 x memory_words 300"),
+        ("distill.prices={input: 1}", "prices has no output"),
+        ("distill.max_output_tokens=64", "too many for max_output_tokens 64"),
+        ("distill.max_words=650", "10 x memory_words 60 + profile_words 400 = 1000 words, more than max_words 650"),
+        ("distill.batch_poll_s=1e300", "distill.batch_poll_s is 1e+300"),
         ("distill.prices={output: 1}", "key distill.prices.input is missing"),
         ("distill.concurrency=0", "distill.concurrency is 0; it should be greater than or equal to 1"),
         ("embedding.inputs_per_request=5000", "embedding.inputs_per_request is 5000"),
@@ -324,6 +328,12 @@ def test_what_loggers_get_holds_no_secret_and_needs_no_environment(secretive, mo
     assert "hunter2" not in text
     assert shown.model.key == shown.distill.base_url == shown.metric_logger["keys"][0] == "(from the environment)"
     assert shown.distill.model == "m"
+
+
+def test_what_loggers_get_holds_no_password_of_an_address(load):
+    base_url = "http://me:hunter2@localhost:8000/v1?key=hunter2"
+    shown = without_secrets(load(MINIMAL, f"distill.base_url={base_url}", f"embedding.base_url={base_url}"))
+    assert shown.distill.base_url == shown.embedding.base_url == "http://localhost:8000/v1"
 
 
 def test_an_error_about_another_key_does_not_print_a_secret(mistakes, monkeypatch):

@@ -176,7 +176,7 @@ def test_blank_texts_are_never_sent_and_have_no_direction(connect, server):
 
 def test_faults_change_no_vector(connect, server, openai_server):
     texts = [f"film {n} of {TEXTS[n % 4]}" for n in range(60)]
-    faults = {"rate_limited": 0.15, "server_error": 0.1, "reset": 0.1, "half_body": 0.1, "wrong_json": 0.1}
+    faults = {"rate_limited": 0.15, "server_error": 0.1, "reset": 0.05, "half_body": 0.05, "wrong_json": 0.1}
     faulty = openai_server(faults=faults, retry_after_s=0.01)
     bounds = {"inputs_per_request": 2}
     broken = ApiModel(connect(faulty.base_url, journal="a", **bounds)).fit(texts).embed(texts)

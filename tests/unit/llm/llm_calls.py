@@ -61,7 +61,7 @@ def run(journal: Journal | Path, base_url: str, chains: Chains, *, max_tries: in
 def totals(journal: Path) -> dict[str, Total]:
     """What the journal holds, by status."""
     with Journal.open(journal) as opened:
-        return {total.status: total for total in opened.totals()}
+        return {total.status: total for total in opened.totals(MODEL)}
 
 
 def attempt(request: str = "a" * 64, response: str | None = "body", **changes: Any) -> Attempt:
@@ -90,6 +90,7 @@ class ScriptedServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.answers = list(answers)
         self.sent: list[tuple[str, dict[str, str], Any]] = []  # path, headers in lower case, body
+        self.model_status = 404  # of the answer about the model
         self.latency_s = 0.0  # of all answers to calls but the first
         self.n_answered = 0
         self.n_answered_before: list[int] = []  # how many answers had gone out when each call arrived
@@ -124,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.sent.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
             if body is None:
-                status, headers, content = 404, {}, b"{}"
+                status, headers, content = self.server.model_status, {}, b"{}"
             else:
                 status, headers, content = self.server.answer(body)
                 self.server.n_answered_before.append(self.server.n_answered)

@@ -1,26 +1,34 @@
 """Waves of the Batch API against a server on a real socket."""
 
 import json
+import os
 import signal
 import stat
+import subprocess
+import sys
 import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Thread, Timer
 from typing import Any
 
 import pytest
 from batch_jobs import N_USERS, Job, chains, question, run_job, start_host, start_job
-from openai_server import Server
+from openai_server import Server, start_server
+from openai_server import __file__ as openai_server_file
 
 from personas_tune.errors import BudgetError, ConfigError, JournalError, ServerError
 from personas_tune.llm.batch_collect import Gain
 from personas_tune.llm.batch_files import Bounds, DamagedFileError, read_answers, write_input_files
 from personas_tune.llm.batch_ledger import Ledger
+from personas_tune.llm.batch_stop import Stop, Stopped
 from personas_tune.llm.batches import refuse_open_batches, run_batches
 from personas_tune.llm.budget import Prices
-from personas_tune.llm.calls import EMBEDDINGS, Call, Request
+from personas_tune.llm.calls import Call, Request
 from personas_tune.llm.journal import Attempt, Journal, Usage
 from personas_tune.llm.online import run_online
 from personas_tune.llm.replay import finished_chains
@@ -33,8 +41,6 @@ N_CALLS, N_BATCHES = 12, 4  # of the job, when a file holds four requests
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What the job comes to online, call by call."""
-    from openai_server import start_server
-
     with start_server() as server, Journal.open(tmp_path_factory.mktemp("online") / "journal.sqlite") as journal:
         settings = ServerSettings("gpt-4o", base_url=server.base_url)
         assert run_online(chains(), journal=journal, server=settings, max_tries=1, n_calls=None, what="job") == {}
@@ -144,7 +150,7 @@ def test_files_hold_only_so_many_bytes(openai_server: Start, tmp_path, expected)
 def test_a_request_larger_than_a_file_goes_alone(tmp_path):
     calls = [(question("word " * n), None) for n in (1, 500, 2)]
     files = list(write_input_files(calls, tmp_path, Bounds(10, 1000)))
-    assert [len(file.parts) for file in files] == [1, 1, 1]
+    assert [len(file.requests) for file in files] == [1, 1, 1]
     assert [path.stat().st_size for path in sorted(tmp_path.iterdir())] == [
         file.n_bytes for file in sorted(files, key=lambda file: file.sha256)
     ]
@@ -155,7 +161,7 @@ def test_a_file_holds_requests_of_one_model_only(tmp_path):
     bodies = [{"model": model, "messages": [{"role": "user", "content": str(n)}]} for n, model in enumerate(models)]
     calls = [(Call(Request("/chat/completions", body, "v1"), json.loads, 1), None) for body in bodies]
     files = list(write_input_files(calls, tmp_path, Bounds(10, 10_000)))
-    assert [(file.model, len(file.parts)) for file in files] == [("gpt-4o", 2), ("gpt-4o-mini", 1)]
+    assert [(file.model, len(file.requests)) for file in files] == [("gpt-4o", 2), ("gpt-4o-mini", 1)]
 
 
 def test_input_files_are_for_our_eyes_only(tmp_path):
@@ -176,24 +182,6 @@ def test_users_who_ask_the_same_share_an_answer(openai_server: Start, tmp_path):
         options = {"journal": journal, "server": settings, "max_tries": 1, "folder": tmp_path / "b", "poll_s": 0.01}
         run_batches(lambda: ((name, ask(text)) for name, text in twins), max_requests=2, **options)
     assert len(server.billed()) == 2
-
-
-def test_parts_of_answers_are_found_afterwards(openai_server: Start, tmp_path):
-    server = openai_server()
-    texts = ["red", "green", "blue"]
-    request = Request(EMBEDDINGS, {"model": "text-embedding-ada-002", "input": texts}, "v1")
-    call = Call(request, json.loads, 0, parts=("1" * 64, "2" * 64, "3" * 64))
-
-    def ask() -> Iterator[Call]:
-        yield call
-
-    with Journal.open(tmp_path / "journal.sqlite") as journal:
-        settings = ServerSettings("text-embedding-ada-002", base_url=server.base_url)
-        options = {"journal": journal, "server": settings, "max_tries": 1, "folder": tmp_path / "b", "poll_s": 0.01}
-        assert run_batches(lambda: [("texts", ask())], **options) == {}
-        body, place = journal.part("2" * 64) or ("", -1)
-    assert place == 1
-    assert len(json.loads(body)["data"]) == 3
 
 
 @pytest.mark.parametrize("state", ["intended", "uploading", "uploaded", "creating", "created", "collected"])
@@ -421,12 +409,24 @@ def test_a_batch_that_somebody_cancelled_stops_the_run(openai_server: Start, sta
 
 def test_a_budget_stops_new_batches_and_keeps_what_is_under_way(openai_server: Start, tmp_path, expected):
     server = openai_server()
-    with pytest.raises(BudgetError, match=r"max_tokens=500: \d+ tokens are spent, the next call takes about"):
+    with pytest.raises(
+        BudgetError, match=r"max_tokens=500: \d+ tokens are spent, the next batch of 4 requests takes about"
+    ):
         run_job(tmp_path, server.base_url, bounds={"max_tokens": 500})
     n_billed = len(server.billed())
     assert 0 < n_billed < N_CALLS
     assert n_billed == sum(batch["request_counts"]["completed"] for batch in server.batches())
     assert run_job(tmp_path, server.base_url) == expected
+    assert len(server.billed()) == N_CALLS
+
+
+@pytest.mark.parametrize("bounds", [{"max_tokens": 200}, {"max_usd": 0.1, "prices": Prices(input=1e3, output=1e3)}])
+def test_a_budget_smaller_than_a_file_is_used_all_the_same(openai_server: Start, tmp_path, expected, bounds):
+    server = openai_server()
+    with pytest.raises(BudgetError, match=r"the next batch of 4 requests (takes|costs) about"):
+        run_job(tmp_path, server.base_url, bounds=bounds, max_requests=50)
+    assert [batch["request_counts"]["total"] for batch in server.batches()] == [2]
+    assert run_job(tmp_path, server.base_url, max_requests=50) == expected
     assert len(server.billed()) == N_CALLS
 
 
@@ -442,7 +442,7 @@ def test_a_budget_in_money_counts_batches_at_their_price(openai_server: Start, t
     server = openai_server()
     run_job(tmp_path, server.base_url)
     with Journal.open(tmp_path / "journal.sqlite") as journal:
-        (total,) = journal.totals()
+        (total,) = journal.totals("gpt-4o")
     full_price = Prices(input=1e3, output=1e3, batch_share=1.0).cost_usd(total.usage, "batch")
     (tmp_path / "again").mkdir()
     bounds = {"prices": Prices(input=1e3, output=1e3, batch_share=0.25), "max_usd": full_price / 2}
@@ -512,7 +512,7 @@ def test_a_batch_that_is_not_made_leaves_the_online_mode_free(openai_server: Sta
 
 
 def test_an_address_that_is_none_is_told_of(tmp_path):
-    with pytest.raises(ConfigError, match=r"base_url: .* is no address"):
+    with pytest.raises(ConfigError, match="can't connect: "):
         run_job(tmp_path, "http://localhost/v1\x7f")
 
 
@@ -527,15 +527,153 @@ def test_a_server_without_batches_is_told_of(openai_server: Start, tmp_path):
         run_job(tmp_path, f"{server.root}/v2")
 
 
-def test_an_output_file_that_is_gone_is_told_of(openai_server: Start, be_killed, tmp_path):
-    server = openai_server()
-    be_killed(tmp_path, server, die_before="collected")
+def delete_output_file(server: Server) -> None:
     output = next(file for file in server.files() if file["purpose"] == "batch_output")
     request = urllib.request.Request(f"{server.base_url}/files/{output['id']}", method="DELETE")
     urllib.request.urlopen(request).close()
-    with pytest.raises(ServerError, match=f"No such File object: {output['id']}"):
+
+
+def test_what_was_in_an_output_file_that_is_gone_is_asked_again(
+    openai_server: Start, be_killed, tmp_path, expected, capsys
+):
+    server = openai_server()
+    be_killed(tmp_path, server, die_before="collected")
+    delete_output_file(server)
+    assert run_job(tmp_path, server.base_url) == expected
+    words = (
+        "batch_000001, or a file of its answers, is not at this server any more; 4 of its 4 requests are asked again"
+    )
+    assert words in capsys.readouterr().err
+    assert max(labels(server).values()) == 1
+    assert len(server.billed()) == N_CALLS + 4
+
+
+def test_an_output_file_that_is_gone_counts_against_the_budget(openai_server: Start, be_killed, tmp_path):
+    server = openai_server()
+    be_killed(tmp_path, server, die_before="collected")
+    delete_output_file(server)
+    run_job(tmp_path, server.base_url)
+    with Journal.open(tmp_path / "journal.sqlite") as journal:
+        lost = next(total for total in journal.totals("gpt-4o") if total.status == "lost")
+    assert lost.usage.output_tokens == 4 * 60
+    assert lost.usage.input_tokens > 0
+
+
+@pytest.fixture
+def restart() -> Iterator[Callable[[Server], Server]]:
+    """Start a server that knows nothing at the address of one that is over."""
+    with ExitStack() as stack:
+
+        def start(server: Server) -> Server:
+            command = [sys.executable, openai_server_file, "--until-stdin-closes", "--port", str(server.port)]
+            pipe = subprocess.PIPE
+            process = stack.enter_context(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
+            assert process.stdout is not None
+            assert process.stdout.readline().strip().endswith(f":{server.port}")
+            return server
+
+        yield start
+
+
+def leave_batches(be_killed: Callable[..., None], folder: Path) -> Server:
+    """A job of which two batches are under way at a server that is over."""
+    with start_server() as server:
+        be_killed(folder, server, die_before="collected")
+        assert len(server.batches()) == 2
+    return server
+
+
+@pytest.mark.parametrize("n_of_others", [0, 2])  # under the ids of the lost ones
+def test_batches_that_the_server_lost_are_asked_again(be_killed, restart, tmp_path, expected, capsys, n_of_others):
+    server = restart(leave_batches(be_killed, tmp_path))
+    make_batches(server, n_of_others)
+    assert run_job(tmp_path, server.base_url) == expected
+    words = capsys.readouterr().err
+    assert "batch batch_000001, or a file of its answers, is not at this server any more; 4 of its 4 requests" in words
+    assert "batch batch_000002, or a file of its answers, is not at this server any more; 2 of its 2 requests" in words
+    assert len(server.billed()) == N_CALLS + n_of_others
+    with Journal.open(tmp_path / "journal.sqlite") as journal:
+        assert len(Ledger(journal).shards("gone")) == 2
+        refuse_open_batches(journal)
+
+
+def test_batches_are_not_gone_because_another_server_lacks_them(openai_server: Start, be_killed, tmp_path):
+    made_at, other = openai_server(), openai_server()
+    be_killed(tmp_path, made_at, die_before="collected")
+    for n_batches_of_others in (0, 2):
+        make_batches(other, n_batches_of_others)
+        words = f"has no batch batch_000001 of this job, which was made at {made_at.base_url}; use the base_url and key"
+        with pytest.raises(ServerError, match=words):
+            run_job(tmp_path, other.base_url)
+    with Journal.open(tmp_path / "journal.sqlite") as journal:
+        assert len(Ledger(journal).shards("created")) == 2
+    assert not any(batch["metadata"] for batch in other.batches())
+
+
+def test_a_batch_that_was_being_made_is_not_made_at_another_server(openai_server: Start, be_killed, tmp_path, expected):
+    made_at, other = openai_server(), openai_server()
+    be_killed(tmp_path, made_at, die_before="created")
+    with pytest.raises(ServerError, match=f"of this job, which was made at {made_at.base_url}"):
+        run_job(tmp_path, other.base_url)
+    assert other.batches() == []
+    assert run_job(tmp_path, made_at.base_url) == expected
+    assert_nothing_was_done_twice(made_at)
+
+
+def test_batches_are_not_gone_because_another_key_does_not_find_them(be_killed, restart, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server = restart(leave_batches(be_killed, tmp_path))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-account")
+    with pytest.raises(ServerError, match="has no batch batch_000001 of this job"):
         run_job(tmp_path, server.base_url)
+    assert asked(server, "GET", "batches/batch_000001") == 3
+    assert server.batches() == []
+    assert not any(b"sk-of-another" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_a_new_key_of_the_same_account_shows_that_a_batch_is_gone(
+    openai_server: Start, be_killed, tmp_path, expected, monkeypatch
+):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server = openai_server()
+    be_killed(tmp_path, server, die_before="collected")
+    with Journal.open(tmp_path / "journal.sqlite") as journal:
+        journal.execute("UPDATE batch_shards SET batch_id = 'batch_gone', try = 9 WHERE batch_id = 'batch_000002'")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-new")
+    assert run_job(tmp_path, server.base_url) == expected
+    with Journal.open(tmp_path / "journal.sqlite") as journal:
+        assert [shard.batch_id for shard in Ledger(journal).shards("gone")] == ["batch_gone"]
+
+
+def test_batches_are_not_gone_at_a_server_that_lists_none(be_killed, tmp_path, openai_server: Start):
+    server = openai_server()
+    be_killed(tmp_path, server, die_before="collected")
+    with pytest.raises(ServerError, match="HTTP 404: Invalid URL"):
+        run_job(tmp_path, f"{server.root}/v2")
     assert len(server.batches()) == 2
+
+
+def test_a_wait_longer_than_the_system_knows_ends_with_a_signal():
+    with Stop() as stop:
+        timer = Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(Stopped):
+            stop.sleep(1e300)
+        timer.join()
+
+
+def test_a_model_that_is_to_be_shut_down_is_warned_of(openai_server: Start, tmp_path, capsys):
+    day = datetime.now(UTC).date() + timedelta(days=30)
+    server = openai_server(shutdown_date=day.isoformat())
+    run_job(tmp_path, server.base_url)
+    warning = f"batches: warning: gpt-4o is to be shut down on {day}: name another model by then"
+    assert capsys.readouterr().err.count(warning) == 1
+
+
+def test_a_model_that_stays_for_long_is_not_warned_of(openai_server: Start, tmp_path, capsys):
+    server = openai_server(shutdown_date=(datetime.now(UTC).date() + timedelta(days=100)).isoformat())
+    run_job(tmp_path, server.base_url)
+    assert "warning" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"custom_id": "a", "error": null}\n7', '{"response": {}}'])
@@ -559,8 +697,6 @@ def test_the_gravest_objection_is_kept():
 
 
 def test_a_job_may_run_beside_the_main_thread(openai_server: Start, start, tmp_path, expected):
-    from threading import Thread
-
     server, found = openai_server(), []
     thread = Thread(target=lambda: found.append(run_job(tmp_path, server.base_url)))
     thread.start()

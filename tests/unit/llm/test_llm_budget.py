@@ -35,6 +35,9 @@ def test_a_request_is_estimated_at_four_characters_a_token():
         ({"usage": {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 4}}}, Usage(9, 4, 0)),
         ({"usage": {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": None}}}, Usage(9, 0, 0)),
         ({"usage": {"prompt_tokens": 9, "prompt_tokens_details": None, "completion_tokens": None}}, Usage(9, 0, 0)),
+        ({"usage": {"prompt_tokens": 10**30, "completion_tokens": -5}}, Usage(2**53, 0, 0)),
+        ({"usage": {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 99}}}, Usage(9, 9, 0)),
+        ({"usage": {"prompt_tokens": float("inf")}}, None),
         ({"usage": None}, None),
         ({"usage": {"prompt_tokens": "many"}}, None),
         ({"usage": [1]}, None),
@@ -98,8 +101,8 @@ def test_a_budget_of_tokens_is_used_up_and_not_exceeded(tmp_path):
     spent = totals(path)["answered"].usage.tokens
     assert 1000 - EVERY_CALL.tokens < spent <= 1000
     assert str(told.value) == (
-        f"max_tokens=1000: {spent} tokens are spent, the next call takes about {EVERY_CALL.tokens}; every answer is "
-        f"kept in {path}: raise max_tokens and run the same command to go on"
+        f"distill.max_tokens=1000: {spent} tokens are spent, the next call takes about {EVERY_CALL.tokens}; every "
+        f"answer is kept in {path}: raise distill.max_tokens and run the same command to go on"
     )
 
 
@@ -117,11 +120,19 @@ def test_a_budget_of_dollars_counts_over_restarts(tmp_path):
     path, prices = tmp_path / "journal.sqlite", Prices(input=1.0, output=100.0)  # 510e-6 a call
     with scripted_server((200, {}, completion())) as server:
         for _ in range(3):
-            with pytest.raises(BudgetError, match=r"max_usd=0.0104: 0.00\d+ USD are spent"):
+            with pytest.raises(BudgetError, match=r"^distill.max_usd=0.0104: 0.00\d+ USD are spent"):
                 run(path, server.base_url, users(100), prices=prices, max_usd=0.0104)
         assert len(server.calls) == 19
         assert run(path, server.base_url, users(30), prices=prices, max_usd=0.02) == {}
         assert len(server.calls) == 30
+
+
+def test_a_budget_is_named_by_its_section_in_the_config(tmp_path):
+    path, bounds = tmp_path / "journal.sqlite", {"prices": Prices(input=1e6), "max_usd": 1.0, "section": "embedding"}
+    with scripted_server((200, {}, completion())) as server, pytest.raises(BudgetError) as told:
+        run(path, server.base_url, users(1), **bounds)
+    assert str(told.value).startswith("embedding.max_usd=1: 0 USD are spent")
+    assert "raise embedding.max_usd and run" in str(told.value)
 
 
 def test_other_models_have_budgets_of_their_own(tmp_path):

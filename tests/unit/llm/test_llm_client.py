@@ -12,7 +12,9 @@ from personas_tune.llm.calls import EMBEDDINGS, Call, Request
 from personas_tune.llm.client import Client
 from personas_tune.llm.failures import Reply
 from personas_tune.llm.journal import Journal
+from personas_tune.llm.parts import find_parts
 from personas_tune.llm.settings import ServerSettings, access_to
+from personas_tune.llm.shutdown import shutdown_date_in
 
 KEY = "sk-canary-0123456789"
 
@@ -45,7 +47,7 @@ def test_embeddings_are_asked_for_in_the_encoding_that_the_body_names(path, enco
         run(path, server.base_url, [("u", steps(asked))])
         assert server.calls == [{"encoding_format": "float", **body}]
     with Journal.open(path) as journal:
-        assert journal.part("q") == (content.decode(), 1)
+        assert list(find_parts(journal, ["p", "q"])) == [(content.decode(), {"p": 0, "q": 1})]
 
 
 def test_the_raw_body_is_kept_byte_by_byte(path):
@@ -110,6 +112,16 @@ def test_an_answer_that_dribbles_is_given_up_in_time(path):
     assert responses(path)[0][2] == "no whole answer within 0.3 s"
 
 
+def test_a_call_whose_answers_are_all_lost_is_given_up_before_it_is_billed_often(path):
+    with scripted_server((200, {}, completion())) as server:
+        half = (200, {"Content-Length": "900", "Connection": "close"}, b"{")
+        server.answer = lambda body: half if "user 1 " in str(body) else (200, {}, completion())
+        incomplete = run(path, server.base_url, users(8, n_steps=3), concurrency=2, max_retries=20)
+    assert incomplete.keys() == {"u1"}
+    assert incomplete["u1"].startswith("no answer in 5 attempts, the last: the connection broke")
+    assert totals(path)["lost"].n == 5
+
+
 @pytest.mark.parametrize("fault", ["reset", "half_body"])
 def test_an_answer_that_breaks_off_is_lost_and_asked_for_again(path, openai_server, fault):
     server = openai_server(plan=[fault])
@@ -137,12 +149,12 @@ def test_an_error_without_a_whole_body_is_tried_again(path):
     assert [row[0] for row in responses(path)] == ["lost", "answered"]
 
 
-def ask(base_url: str, *, timeout_s: float = 5.0) -> tuple[Reply, object]:
-    async def work() -> tuple[Reply, object]:
+def ask(base_url: str, *, timeout_s: float = 5.0) -> Reply:
+    async def work() -> Reply:
         settings = ServerSettings("gpt-4o", base_url=base_url, timeout_s=timeout_s)
         client = Client(settings, access_to(settings, {}))
         try:
-            return await client.shutdown_date("gpt-4o")
+            return await client.look_at_model("gpt-4o")
         finally:
             await client.close()
 
@@ -151,11 +163,11 @@ def ask(base_url: str, *, timeout_s: float = 5.0) -> tuple[Reply, object]:
 
 def test_the_day_on_which_a_model_goes_is_read_in_any_form(openai_server):
     server = openai_server(shutdown_date="2027-01-14")
-    assert str(ask(server.base_url)[1]) == "2027-01-14"
+    assert str(shutdown_date_in(ask(server.base_url).text)) == "2027-01-14"
     forms = [("2027-01-14T10:00:00Z", "2027-01-14"), (1_800_000_000, "2027-01-15"), ("soon", "None"), (None, "None")]
     for told, day in forms:
         server.set(shutdown_date=told)
-        assert str(ask(server.base_url)[1]) == day
+        assert str(shutdown_date_in(ask(server.base_url).text)) == day
 
 
 def test_the_journal_is_written_before_the_answer_is_read(path):

@@ -114,11 +114,13 @@ def test_an_attempt_is_kept_though_nobody_waits_for_it_any_more(path):
 def test_closing_commits_what_waits(path):
     async def work() -> None:
         journal.record_soon(attempt())
+        await asyncio.sleep(0)  # the first is on its way now
+        journal.record_soon(attempt("b" * 64))
 
     with Journal.open(path) as journal:
         asyncio.run(work())
     with Journal.open(path) as journal:
-        assert journal.answers("a" * 64) == ["body"]
+        assert journal.answers("a" * 64) == journal.answers("b" * 64) == ["body"]
 
 
 def test_recorded_attempts_outlive_kill_9(path):
@@ -254,14 +256,27 @@ def test_a_full_disk_is_told_to_whoever_records(path):
         journal._writer.execute("PRAGMA max_page_count = 12")
         with pytest.raises(JournalError, match="database or disk is full"):
             record(journal, *(attempt(f"{n:064}", "x" * 4000) for n in range(50)))
-        assert journal.totals() == []
+        assert journal.totals("gpt-4o") == []
+
+
+def test_an_answer_that_no_row_can_hold_is_told_to_all_who_record_with_it(path):
+    async def work() -> list[object]:
+        attempts = [attempt(), attempt("b" * 64, usage=Usage(10**30)), attempt("c" * 64)]
+        return await asyncio.gather(*map(journal.record, attempts), return_exceptions=True)
+
+    with Journal.open(path) as journal:
+        outcomes = asyncio.run(asyncio.wait_for(work(), 30))
+        assert [type(outcome) for outcome in outcomes] == [JournalError] * 3
+        assert str(outcomes[0]).startswith(f"{path}: 3 answers can't be kept: OverflowError(")
+        record(journal, attempt("d" * 64))
+        assert [total.n for total in journal.totals("gpt-4o")] == [1]
 
 
 def test_all_results_are_kept_or_none(path):
     with Journal.open(path) as journal:
         with pytest.raises(JournalError):
             journal.record_all([attempt(), attempt(status="unheard of")])
-        assert journal.totals() == []
+        assert journal.totals("gpt-4o") == []
 
 
 def test_a_transaction_inside_another_ends_with_it(path):
@@ -274,26 +289,17 @@ def test_a_transaction_inside_another_ends_with_it(path):
     with Journal.open(path) as journal:
         with pytest.raises(KeyError):
             fail()
-        assert journal.totals() == []
+        assert journal.totals("gpt-4o") == []
         assert journal.execute("SELECT name FROM sqlite_master WHERE name = 'more'") == []
-
-
-def test_a_part_is_found_in_the_newest_answer_that_holds_it(path):
-    with Journal.open(path) as journal:
-        record(journal, attempt("a" * 64, "old", parts=("p", "q")))
-        record(journal, attempt("b" * 64, "new", parts=("r", "p")))
-        record(journal, attempt("c" * 64, "oh", status="lost", parts=("q",)))
-        assert [journal.part(name) for name in "pqrs"] == [("new", 1), ("old", 1), ("new", 0), None]
 
 
 def test_totals_are_sums_by_way_and_status(path):
     with Journal.open(path) as journal:
-        assert journal.totals() == []
+        assert journal.totals("gpt-4o") == []
         record(journal, attempt(), attempt("b" * 64), attempt("c" * 64, status="lost", usage=Usage(7, 0, 1)))
         journal.record_all([attempt("d" * 64, via="batch"), attempt("e" * 64, model="other")])
         answered, lost = Total("online", "answered", 2, Usage(20, 4, 6)), Total("online", "lost", 1, Usage(7, 0, 1))
         assert journal.totals("gpt-4o") == [Total("batch", "answered", 1, Usage(10, 2, 3)), answered, lost]
-        assert journal.totals()[1] == Total("online", "answered", 3, Usage(30, 6, 9))
 
 
 def test_the_journal_does_without_the_openai_library():

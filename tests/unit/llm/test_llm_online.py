@@ -1,4 +1,5 @@
 import io
+import random
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 from llm_calls import Chains, attempt, call, completion, error, run, scripted_server, steps, totals, users
 
 from personas_tune.errors import JournalError, ServerError
+from personas_tune.llm import asking
 from personas_tune.llm.budget import Budget
 from personas_tune.llm.calls import Call, Chain
 from personas_tune.llm.journal import Journal
@@ -113,6 +115,25 @@ def test_rejected_answers_in_the_journal_lend_their_complaint_and_do_not_count(p
         assert len(journal.answers(call("user 0 step 0").request.sha256)) == 5
 
 
+@pytest.mark.parametrize(("concurrency", "n_users_paid_for"), [(1, 3), (4, 4), (16, 10)])
+def test_settings_that_spoil_every_answer_are_not_paid_for_by_every_user(path, concurrency, n_users_paid_for):
+    with scripted_server(BAD) as server:
+        with pytest.raises(ServerError) as told:
+            run(path, server.base_url, users(200), max_tries=2, concurrency=concurrency)
+        assert 2 * n_users_paid_for <= len(server.calls) <= 2 * (n_users_paid_for + concurrency)
+        assert str(told.value) == (
+            f"{server.base_url}, model gpt-4o: no answer can be used, the last rejection: it is no JSON with a reply; "
+            "check the model, max_output_tokens and response_format"
+        )
+
+
+def test_one_usable_answer_shows_that_the_settings_are_not_to_blame(path):
+    with scripted_server(OK, BAD) as server:
+        assert len(run(path, server.base_url, users(20), max_tries=1, concurrency=1)) == 19
+        again = run(path, server.base_url, users(20), max_tries=1)  # the usable one is in the journal now
+        assert len(again) == 19
+
+
 # Errors
 
 
@@ -192,6 +213,27 @@ def test_retries_without_retry_after_back_off_and_succeed(path):
         assert len(server.calls) == 3
 
 
+def test_a_pause_of_no_time_is_none(path, monkeypatch):
+    n_drawn = 0
+
+    def drawn(tries: int, draw: random.Random) -> float:
+        nonlocal n_drawn
+        n_drawn += 1
+        return 0.0
+
+    monkeypatch.setattr(asking, "backoff_s", drawn)
+    with scripted_server(error(429, retry_after="0"), error(503, retry_after_ms="1"), OK) as server:
+        assert run(path, server.base_url, users(1), max_retries=2) == {}
+    assert n_drawn == 1
+
+
+def test_a_key_that_may_not_look_at_models_may_chat(path, openai_server):
+    with scripted_server(OK) as server:
+        server.model_status = 403
+        assert run(path, server.base_url, users(2)) == {}
+        assert server.sent[0][0] == "/v1/models/gpt-4o"
+
+
 def test_a_call_that_never_succeeds_while_others_do_leaves_its_user_incomplete(path):
     with scripted_server(OK) as server:
         server.answer = lambda body: error(500, "Oh.", **AGAIN) if "user 2 " in str(body) else OK
@@ -225,14 +267,6 @@ def test_a_pause_is_for_all_workers(path, status, headers):
         assert run(path, server.base_url, users(5 + (status == 200)), concurrency=4) == {}
         # Three were on their way when the pause was asked for; nobody went out when they were back.
         assert server.n_answered_before[4:] == [4, 4]
-
-
-def test_who_was_turned_away_goes_first(path):
-    with scripted_server(error(429, "No.", retry_after_ms="700"), OK) as server:
-        server.latency_s = 0.4
-        assert run(path, server.base_url, users(6), concurrency=2) == {}
-        asked = texts(server.calls)
-    assert asked.index(asked[0], 1) == 2
 
 
 def test_limits_of_the_server_are_kept(path, openai_server):
@@ -300,8 +334,10 @@ def test_whatever_ends_the_run_closes_the_chains(path):
 
 
 def test_incomplete_users_are_named_in_their_order(path):
-    with scripted_server(BAD) as server:
-        assert list(run(path, server.base_url, users(30), max_tries=1, concurrency=16)) == [f"u{n}" for n in range(30)]
+    with scripted_server(OK, BAD) as server:
+        run(path, server.base_url, users(1))
+        incomplete = run(path, server.base_url, users(30), max_tries=1, concurrency=16)
+    assert list(incomplete) == [f"u{n}" for n in range(1, 30)]
 
 
 def test_a_mistake_of_ours_is_no_users_and_loses_no_answer(path):
@@ -312,7 +348,7 @@ def test_a_mistake_of_ours_is_no_users_and_loses_no_answer(path):
         run(path, server.base_url, [("u", steps(Call(call("x").request, read, 5))), *users(20)])
     with Journal.open(path) as journal:
         assert journal.answers(call("x").request.sha256) == [completion().decode()]
-        assert len(server.calls) == sum(total.n for total in journal.totals())
+        assert len(server.calls) == sum(total.n for total in journal.totals("gpt-4o"))
 
 
 def test_a_mistake_in_the_source_of_chains_comes_out(path):
@@ -376,3 +412,27 @@ def test_without_a_terminal_no_bar_is_drawn():
         progress._next = 0.0  # a minute later
         progress.call_done()
     assert log.getvalue() == "distill: 2 calls done, 0 tokens\n"
+
+
+def test_a_line_tells_the_time_left_at_the_pace_since_the_last():
+    log = io.StringIO()
+    with Progress("distill", 12, Budget(), log) as progress:
+        progress.call_done()
+        progress._begun -= 600.0
+        progress._next = 0.0
+        progress.call_done()
+        progress._begun -= 60.0
+        progress._next = 0.0
+        progress.call_done()
+    assert log.getvalue() == (
+        "distill: 2 of 12 calls done, 50:00 to go, 0 tokens\ndistill: 3 of 12 calls done, 09:00 to go, 0 tokens\n"
+    )
+
+
+def test_calls_that_nobody_foresaw_are_calls_to_do():
+    terminal = Terminal()
+    with Progress("distill", 2, Budget(), terminal) as progress:
+        for _ in range(3):
+            progress.call_done()
+    assert progress.share == "3 of 3 calls"
+    assert "3/3" in terminal.getvalue().rstrip().split("\r")[-1]

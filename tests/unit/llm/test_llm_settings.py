@@ -2,7 +2,7 @@ import pytest
 
 from personas_tune.errors import ConfigError, ServerError
 from personas_tune.llm.budget import Prices
-from personas_tune.llm.settings import ServerSettings, access_to
+from personas_tune.llm.settings import ServerSettings, access_to, output_limit_name
 
 KEY = "sk-canary/0123456789"
 
@@ -47,9 +47,8 @@ def test_what_is_no_address_is_told(base_url):
 
 
 def test_name_and_password_in_an_address_are_sent_and_never_shown():
-    found = access("https://me:p%40ssword-canary@host:8000/v1?token=canary", OPENAI_API_KEY=KEY)
-    assert found.base_url == "https://host:8000/v1?token=canary"
-    assert found.shown_url == "https://host:8000/v1"
+    found = access("https://me:p%40ssword-canary@host:8000/v1", OPENAI_API_KEY=KEY)
+    assert found.base_url == "https://host:8000/v1"
     assert found.basic == "Basic bWU6cEBzc3dvcmQtY2FuYXJ5"  # me:p@ssword-canary
     echo = f"{found.basic} me:p@ssword-canary p@ssword-canary {KEY}"
     assert found.redact(echo) == "Basic [key] [key] [key] [key]"
@@ -58,6 +57,20 @@ def test_name_and_password_in_an_address_are_sent_and_never_shown():
     with pytest.raises(ConfigError) as told:
         access("https://me:password-canary@host:port/v1")
     assert "canary" not in str(told.value)
+
+
+def test_a_query_is_refused_and_not_shown():
+    with pytest.raises(ConfigError) as told:
+        access("https://host/v1?token=canary")
+    assert str(told.value) == ("base_url: a query doesn't reach the server's endpoints; give the address without it")
+
+
+def test_the_output_limit_goes_by_the_address_and_needs_no_key():
+    def name(base_url: str | None, **environment: str) -> str:
+        return output_limit_name(ServerSettings("gpt-4o", base_url=base_url), environment)
+
+    assert name(None) == name("https://API.OpenAI.com:443/v1", OPENAI_BASE_URL="http://b") == "max_completion_tokens"
+    assert name(None, OPENAI_BASE_URL="http://b") == name("http://api.openai.com.local/v1") == "max_tokens"
 
 
 def test_the_key_is_redacted_however_it_is_written():

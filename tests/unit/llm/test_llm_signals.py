@@ -12,7 +12,7 @@ from types import FrameType
 
 import llm_calls
 import pytest
-from llm_calls import completion, run, scripted_server, totals, users
+from llm_calls import completion, error, run, scripted_server, totals, users
 
 from personas_tune.errors import ServerError
 from personas_tune.llm.journal import Journal
@@ -95,6 +95,20 @@ def test_the_second_signal_stops_at_once_and_what_was_sent_counts_as_lost(path, 
     assert found.keys() == {"lost"}
     assert found["lost"].n == 8
     assert found["lost"].usage.tokens > 8 * 10
+
+
+def test_the_first_signal_after_an_error_lets_all_that_was_sent_come_back(path):
+    with scripted_server(error(401, "Bad key."), OK) as server:
+        server.latency_s = 1.0
+        process = start(path, server.base_url, n_users=40)
+        assert process.stderr is not None
+        notice = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        _, last = process.communicate(timeout=60)
+    assert re.fullmatch(r"distill: waiting for 7 calls in flight; a second signal stops at once\n", notice)
+    assert process.returncode == 2
+    assert "HTTP 401: Bad key." in last
+    assert {status: total.n for status, total in totals(path).items()} == {"failed": 1, "answered": 7}
 
 
 def test_kill_9_loses_no_answer_and_bills_again_what_was_in_flight_at_most(path, openai_server):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from personas_tune.llm.budget import Prices
-from personas_tune.llm.journal import Usage
+from personas_tune.llm.journal import Total, Usage
 from personas_tune.llm.settings import ServerSettings
 from personas_tune.memory.by_model import profile_words_for
 from personas_tune.memory.estimate import Estimate, estimate_distillation, estimate_lines
@@ -63,8 +63,16 @@ def test_money_is_told_for_both_ways() -> None:
     lines = estimate_lines(ESTIMATE, SERVER)
     assert lines[2] == "cost about 6.00 USD online, 1.50 USD with distill.batch_api=true"
     assert not any("max_usd" in line for line in lines)
-    assert "more than distill.max_usd=5" in estimate_lines(ESTIMATE, replace(SERVER, max_usd=5))[3]
+    assert "more than distill.max_usd=5 allow" in estimate_lines(ESTIMATE, replace(SERVER, max_usd=5))[3]
+    assert "max_usd" not in "".join(estimate_lines(ESTIMATE, replace(SERVER, max_usd=5), batch_api=True))
     assert "cost unknown" in estimate_lines(ESTIMATE, replace(SERVER, prices=None))[2]
+
+
+def test_what_was_spent_before_counts_against_the_bounds() -> None:
+    spent = [Total("online", "answered", 1, Usage(input_tokens=1_000_000))]
+    assert "more than" not in "".join(estimate_lines(ESTIMATE, replace(SERVER, max_tokens=3_500_000)))
+    told = estimate_lines(ESTIMATE, replace(SERVER, max_tokens=3_500_000), spent)
+    assert any("more than distill.max_tokens=3.5e+06 allow after 1,000,000 tokens spent" in line for line in told)
 
 
 @pytest.mark.parametrize(
