@@ -15,11 +15,16 @@ class PersonasTuneError(Exception):
         where: The file (and row), config key or user that it is about.
         remedy: What would work, ideally a command or a setting.
 
+    Attributes:
+        exit_status: What the process ends with.
+
     Example:
         >>> print(DataError("rating 7.0 is above the scale 1-5", where="ratings.csv row 12",
         ...                 remedy="mend the row or set data.rating_scale.max=7"))
         ratings.csv row 12: rating 7.0 is above the scale 1-5; mend the row or set data.rating_scale.max=7
     """
+
+    exit_status = 2
 
     def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
         self.what = what
@@ -65,6 +70,19 @@ class DataError(PersonasTuneError):
 
 class DistillError(PersonasTuneError):
     """Profiles or memories that can't be written or imported."""
+
+
+class Interrupted(PersonasTuneError):  # noqa: N818
+    """The user stopped the run; whatever had been asked was waited for and kept.
+
+    Args:
+        signal_number: The signal that stopped it.
+        what: What was finished and what is left.
+    """
+
+    def __init__(self, signal_number: int, what: str) -> None:
+        super().__init__(what, where="interrupted", remedy="run the same command to go on")
+        self.exit_status = 128 + signal_number
 
 
 class ClusteringError(PersonasTuneError):
