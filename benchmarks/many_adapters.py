@@ -8,13 +8,13 @@ and AdamW's two moments) beyond the base; what is above their number is random s
 
 2026-11-20, 2 cores of an AMD EPYC that other work shared, torch 2.13 (CPU), Python 3.11:
 adapters                                             4                16                64
-one by one                            19.1 ms (1.00)    18.5 ms (0.97)    19.1 ms (1.00)
-interleaved                           18.8 ms (0.99)    18.6 ms (0.97)    19.0 ms (1.00)
-interleaved, waiting on the CPU       18.6 ms (0.98)    19.4 ms (1.02)    19.6 ms (1.02)
+one by one                            19.6 ms (1.00)    18.6 ms (0.95)    19.0 ms (0.97)
+interleaved                           18.1 ms (0.92)    19.6 ms (1.00)    19.0 ms (0.97)
+interleaved, waiting on the CPU       18.0 ms (0.92)    20.0 ms (1.02)    19.0 ms (0.97)
 adapters held beyond the base                   4.05             16.21             64.83
-checkpoint, 1,000,000 weights: 0.06 s an adapter that has moved, 0.03 s another
-checkpoint, 100,000,000 weights: 10.9 s an adapter that has moved, 0.02 s another
-(of the 10.9 s about 4 are CPU time, for 1.2 GB: copy 0.6, write 2.4, sync 0.0, sha256 0.8; the machine was overloaded)
+checkpoint, 1,000,000 weights: 0.05 s an adapter that has moved, 0.02 s another
+checkpoint, 100,000,000 weights: 18.2 s an adapter that has moved, 0.2 s another
+(at a load of 10; about 4 s are CPU time, for 1.2 GB: copy 0.6, write 2.4, sha256 0.8)
 On a CPU waiting moves nothing; no GPU was at hand.
 """
 
