@@ -193,20 +193,6 @@ def _drop_half_made(error: Exception) -> None:
         sys.unraisablehook = hook
 
 
-def refuse_resume(cfg: DictConfig) -> None:
-    """Say that a stopped training can't be resumed yet.
-
-    Raises:
-        ConfigError: If ``resume_from_checkpoint`` is set.
-    """
-    if cfg.resume_from_checkpoint:
-        raise ConfigError(
-            "resuming a stopped training is not built yet",
-            where="resume_from_checkpoint",
-            remedy="leave it out: finished adapter sets are kept, the others start anew",
-        )
-
-
 def check_components(cfg: DictConfig, names: Sequence[str], *, optional: bool = False) -> None:
     """Check that each named torchtune component exists and takes the keys that are given.
 

@@ -215,6 +215,10 @@ class Prompt(Section):
 
 class Training(Section):
     prefix_sharing: Literal["auto", "off"] = "off"
+    schedule: Literal["one_by_one", "interleaved"] = "one_by_one"
+    offload_waiting: bool = False
+    checkpoint_every_n_steps: int | None = Field(default=None, ge=1)
+    keep_last_n_checkpoints: int = Field(default=2, ge=0)  # 0: none is written
 
     @field_validator("prefix_sharing", mode="before")
     @classmethod
@@ -335,7 +339,8 @@ class Experiment(Section):
     training: Training = Field(default_factory=Training)
     compile: bool = False
     enable_activation_checkpointing: bool = False
-    resume_from_checkpoint: bool = False
+    cudnn_deterministic_mode: Literal["default", "warn", "error"] | None = None
+    resume_from_checkpoint: bool | str | None = None  # last, or a checkpoint's folder; null: if one fits
     log_every_n_steps: int = Field(default=1, ge=1)
     log_peak_memory_stats: bool = False
 

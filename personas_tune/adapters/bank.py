@@ -24,7 +24,7 @@ class Adapter:
 
     Args:
         name: Its name within the bank, such as ``persona/0``.
-        masters: fp32 weights by torchtune parameter name.
+        masters: fp32 weights by torchtune parameter name. They keep their identity, and may wait in CPU memory.
         rng: Random state of its dropout: CPU, and the accelerator's where there is one.
     """
 
@@ -64,6 +64,11 @@ class AdapterBank:
         return list(self._adapters)
 
     @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(iter(self._working.values())).device
+
+    @property
     def n_parameters(self) -> int:
         """Number of weights of one adapter."""
         return sum(weight.numel() for weight in self._working.values())
@@ -79,13 +84,13 @@ class AdapterBank:
 
         Weights and dropout depend on ``seed`` and ``name`` only, not on the adapters added before.
         """
-        with _forked_rng(self._device, stable_seed(seed, name)):
+        with _forked_rng(self.device, stable_seed(seed, name)):
             for module in self._model.modules():
                 if isinstance(module, LoRALinear | DoRALinear):
                     module.initialize_parameters()
                 if isinstance(module, DoRALinear):
                     module.initialize_dora_magnitude()
-            rng = _rng_state(self._device)
+            rng = _rng_state(self.device)
         weights = {name: weight.detach() for name, weight in self._working.items()}
         return self._add(name, weights, rng)
 
@@ -111,7 +116,7 @@ class AdapterBank:
         broken = next((key for key, weight in weights.items() if not torch.isfinite(weight).all()), None)
         if broken is not None:
             raise AdapterError(f"weight {broken} is not finite", where=where, remedy="train the adapter again")
-        return self._add(name, weights, _rng_state(self._device))
+        return self._add(name, weights, _rng_state(self.device))
 
     def remove(self, name: str) -> None:
         """Forget an adapter, to make room."""
@@ -134,15 +139,15 @@ class AdapterBank:
         with torch.no_grad():
             for key, weight in self._working.items():
                 weight.copy_(adapter.masters[key])
-        outer = _rng_state(self._device)
-        _set_rng_state(self._device, adapter.rng)
+        outer = _rng_state(self.device)
+        _set_rng_state(self.device, adapter.rng)
         self._in_use = name
         try:
             yield adapter
         finally:
             self._in_use = None
-            adapter.rng = _rng_state(self._device)
-            _set_rng_state(self._device, outer)
+            adapter.rng = _rng_state(self.device)
+            _set_rng_state(self.device, outer)
 
     def take_gradients(self, scale: float) -> None:
         """Add the working copy's gradients, times ``scale``, to the masters of the adapter in use.
@@ -161,15 +166,11 @@ class AdapterBank:
                 master.grad = scaled if master.grad is None else master.grad.add_(scaled)
             self._working[key].grad = None
 
-    @property
-    def _device(self) -> torch.device:
-        return next(iter(self._working.values())).device
-
     def _add(self, name: str, weights: Mapping[str, Tensor], rng: dict[str, Tensor]) -> Adapter:
         if name in self._adapters:
             raise AdapterError(f"adapter {name!r} is in the bank already")
         masters = {
-            key: nn.Parameter(weight.to(device=self._device, dtype=torch.float32, copy=True))
+            key: nn.Parameter(weight.to(device=self.device, dtype=torch.float32, copy=True))
             for key, weight in weights.items()
         }
         self._adapters[name] = Adapter(name, masters, rng)

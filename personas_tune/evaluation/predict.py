@@ -45,7 +45,7 @@ def predict_distributions(
         dataset: The samples.
         assignment: Adapter in the bank by user; None for the base alone.
         labels: The rating labels.
-        max_tokens: Tokens of one forward pass, about; at most the model's ``max_seq_len`` count.
+        max_tokens: Tokens in memory at once, about.
         on_rows: Called with the number of samples done since the last call.
     """
     answers = [base.tokenizer.answer_tokens(label) for label in labels]
@@ -57,7 +57,7 @@ def predict_distributions(
                 [dataset.rows[index].prompt for index in chosen],
                 answers,
                 pad_id=base.tokenizer.pad_id,
-                max_tokens=min(max_tokens, base.max_seq_len),
+                max_tokens=max_tokens,
                 on_rows=on_rows,
             )
     return p

@@ -6,6 +6,7 @@ The probability of a label is the product over all of its answer's tokens, end o
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from torchtune.generation import sample
 from personas_tune.adapters.bank import stable_seed
 from personas_tune.datasets.token_tree import common_prefix_length
 from personas_tune.datasets.tokens import TokenRow
-from personas_tune.training.forward import answer_logits, plain_batch, shared_batch
+from personas_tune.training.batches import AnswerBatch, bundles, plan_tree_round
+from personas_tune.training.forward import fp32_head
+from personas_tune.training.shared_prefix import PrefixReader
 
 Probabilities = NDArray[np.float64]
 
@@ -33,47 +36,84 @@ def label_probabilities(
 ) -> Probabilities:
     """Each prompt's distribution over the rating labels.
 
-    Prompts that follow one another and begin alike (one user's) have their common beginning read
-    once, and each prompt is read once for all labels.
+    What prompts have in common at their beginnings (one user's) is read once, and the rest of each
+    prompt once for all labels.
 
     Args:
         model: With the adapter in use that shall answer, or adapters disabled.
-        prompts: Tokens up to where the answer begins.
+        prompts: Tokens up to where the answer begins, in any order.
         answers: The labels' answers, end-of-turn token included.
         pad_id: Token that fills up short rows.
-        max_tokens: Tokens of one forward pass, about.
+        max_tokens: Tokens in memory at once, about: of prefixes and of one pass of what follows them.
         on_rows: Called with the number of prompts done since the last call.
 
     Returns:
         Shape ``(len(prompts), len(answers))``; rows sum to 1.
     """
     model.eval()
-    device = next(model.parameters()).device
-    n_answer_tokens = sum(len(answer) for answer in answers)
     lengths = [len(answer) for answer in answers]
-    blocks = []
-    for run in neighbours(prompts, n_answer_tokens, max_tokens):
-        branches = [[TokenRow(prompts[i] + answer, len(prompts[i])) for answer in answers] for i in run]
-        batch = shared_batch([branches], pad_id).to(device)
-        log_p = answer_logits(model, batch).double().log_softmax(-1)
-        chosen = log_p.gather(1, batch.targets.unsqueeze(1)).squeeze(1)
-        of_labels = torch.stack([part.sum() for part in torch.split(chosen, lengths * len(run))])
-        blocks.append(of_labels.view(len(run), len(answers)).softmax(-1).cpu().numpy())
-        on_rows(len(run))
-    return np.concatenate(blocks)
+    p = np.empty((len(prompts), len(answers)))
+    with PrefixReader(model) as reader, fp32_head(model):
+        for batch, chosen in _read_prompts(reader, prompts, answers, pad_id, max_tokens):
+            log_p = reader.logits(batch).double().log_softmax(-1).cpu()
+            of_tokens = log_p.gather(1, batch.targets.unsqueeze(1)).squeeze(1)
+            of_labels = torch.stack([part.sum() for part in torch.split(of_tokens, lengths * len(chosen))])
+            p[chosen] = of_labels.view(len(chosen), len(answers)).softmax(-1).numpy()
+            on_rows(len(chosen))
+    return p
 
 
-def neighbours(prompts: Sequence[list[int]], n_answer_tokens: int, max_tokens: int) -> Iterator[range]:
-    """Cut prompts into runs of neighbours that share at least half of their tokens, of about ``max_tokens``."""
-    start, n_tokens, shared = 0, 0, 0
-    for index, prompt in enumerate(prompts):
-        common = min(shared, common_prefix_length(prompts[start], prompt)) if index > start else len(prompt)
-        n_tokens = common + (index - start + 1) * (len(prompt) - common + n_answer_tokens)
-        if index > start and (n_tokens > max_tokens or common < len(prompt) / 2):
-            yield range(start, index)
-            start, common = index, len(prompt)
-        shared = common
-    yield range(start, len(prompts))
+def _read_prompts(
+    reader: PrefixReader, prompts: Sequence[list[int]], answers: Sequence[list[int]], pad_id: int, max_tokens: int
+) -> Iterator[tuple[AnswerBatch, list[int]]]:
+    """Read prefixes one after another; gives the passes of what follows them, and which prompts each pass has."""
+    for groups, n_per_pass in plan_prompts(prompts, sum(len(answer) for answer in answers), max_tokens):
+        branches = [[[TokenRow(prompts[i] + answer, len(prompts[i])) for answer in answers] for i in g] for g in groups]
+        part = plan_tree_round(branches, n_per_pass, pad_id)
+        reader.read(part.prefixes)
+        left = chain.from_iterable(groups)
+        for batch in part.batches:
+            yield batch, list(islice(left, len(batch.tokens)))
+
+
+def plan_prompts(
+    prompts: Sequence[list[int]], n_answer_tokens: int, max_tokens: int
+) -> Iterator[tuple[list[list[int]], int]]:
+    """Group prompts that share at least half of their tokens.
+
+    Args:
+        prompts: In any order.
+        n_answer_tokens: Tokens of all answers that a prompt is read with.
+        max_tokens: Of prefixes and one pass of what follows them, padding included.
+
+    Yields:
+        Groups whose prefixes are read together, as indices of prompts, and how many prompts a pass may have.
+    """
+    groups = sorted(_alike(prompts), key=lambda group: len(prompts[group[0]]))
+    shared = [_n_shared(prompts[group[0]], prompts[group[-1]]) for group in groups]
+    longest = [max(len(prompts[index]) for index in group) for group in groups]
+    widths = [length - n_shared + n_answer_tokens for length, n_shared in zip(longest, shared, strict=True)]
+    sizes = [n_shared + len(group) * width for group, n_shared, width in zip(groups, shared, widths, strict=True)]
+    for part in bundles(sizes, max_tokens):
+        left = max_tokens - sum(shared[index] for index in part)
+        yield groups[part.start : part.stop], max(1, left // max(widths[index] for index in part))
+
+
+def _alike(prompts: Sequence[list[int]]) -> Iterator[list[int]]:
+    """Indices of prompts with a common prefix; in sorted order they are neighbours."""
+    group: list[int] = []
+    for index in sorted(range(len(prompts)), key=prompts.__getitem__):
+        if group and _n_shared(prompts[group[0]], prompts[index]) < len(prompts[index]) / 2:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+def _n_shared(first: list[int], last: list[int]) -> int:
+    """Tokens that two prompts share, short of the last one, from which the answer is predicted."""
+    return min(common_prefix_length(first, last), len(first) - 1, len(last) - 1)
 
 
 def expected_ratings(probabilities: Probabilities, values: Sequence[float]) -> NDArray[np.float64]:
@@ -103,18 +143,19 @@ def generate_answers(
 ) -> list[list[int]]:
     """Let the model answer freely, as the paper does (appendix A).
 
-    Each prompt draws from a random stream of its own, so batching doesn't change its answer.
+    Each prompt draws from a random stream of its own, so batching doesn't change its answer. What
+    prompts have in common is read once, the rest of each prompt once, and then a token at a time.
 
     Args:
         model: With the adapter in use that shall answer, or adapters disabled.
-        prompts: Tokens up to where the answer begins.
+        prompts: Tokens up to where the answer begins, in any order.
         names: A name for each prompt; seeds its random stream.
         pad_id: Token that fills up short rows.
         stop_tokens: Tokens that end an answer; not returned.
         max_new_tokens: Length of an answer; less where the model's context ends.
         temperature: 0 takes the most probable token.
         top_k: Draw among so many tokens; None for all.
-        max_tokens: Tokens of one forward pass, padding included.
+        max_tokens: Tokens in memory at once, about: of prefixes and of one pass of what follows them.
         seed: The experiment's seed.
         on_rows: Called with the number of prompts done since the last call.
 
@@ -122,46 +163,62 @@ def generate_answers(
         Tokens of each answer.
     """
     model.eval()
-    answers: list[list[int]] = []
-    width = max(len(prompt) for prompt in prompts) + max_new_tokens
-    size = max(1, max_tokens // width)
-    for start in range(0, len(prompts), size):
-        chunk = prompts[start : start + size]
-        generators = [torch.Generator().manual_seed(stable_seed(seed, name)) for name in names[start : start + size]]
-        answers += _generate_chunk(
-            model, chunk, generators, pad_id, set(stop_tokens), max_new_tokens, temperature, top_k
-        )
-        on_rows(len(chunk))
+    longest = int(model.max_seq_len)  # type: ignore[arg-type]
+    answers: list[list[int]] = [[] for _ in prompts]
+    with PrefixReader(model) as reader, fp32_head(model):
+        # A row needs a token to be predicted; which one it is doesn't matter.
+        for batch, chosen in _read_prompts(reader, prompts, [[pad_id]], pad_id, max_tokens):
+            generators = [torch.Generator().manual_seed(stable_seed(seed, names[index])) for index in chosen]
+            limits = [min(max_new_tokens, longest - len(prompts[index])) for index in chosen]
+            drawn = _generate(reader, batch, generators, limits, set(stop_tokens), temperature, top_k)
+            for index, answer in zip(chosen, drawn, strict=True):
+                answers[index] = answer[:-1] if answer[-1] in stop_tokens else answer
+            on_rows(len(chosen))
     return answers
 
 
-def _generate_chunk(
-    model: nn.Module,
-    prompts: Sequence[list[int]],
+def _generate(
+    reader: PrefixReader,
+    batch: AnswerBatch,
     generators: Sequence[torch.Generator],
-    pad_id: int,
+    limits: Sequence[int],
     stop_tokens: set[int],
-    max_new_tokens: int,
     temperature: float,
     top_k: int | None,
 ) -> list[list[int]]:
-    device = next(model.parameters()).device
-    longest = int(model.max_seq_len)  # type: ignore[arg-type]
-    answers: list[list[int]] = [[] for _ in prompts]
-    going = list(range(len(prompts)))
-    for _ in range(max_new_tokens):
-        # The answer token of these rows is a placeholder: only what precedes it is read.
-        rows = [TokenRow([*prompts[i], *answers[i], pad_id], len(prompts[i]) + len(answers[i])) for i in going]
-        logits = answer_logits(model, plain_batch(rows, pad_id).to(device)).cpu()
-        noise = torch.stack([torch.empty(logits.shape[1]).exponential_(1, generator=generators[i]) for i in going])
-        drawn = _draw(logits, noise, temperature, top_k)
-        for i, token in zip(going, drawn, strict=True):
-            answers[i].append(token)
-        has_room = [len(prompts[i]) + len(answers[i]) < longest for i in going]
-        going = [i for i, room in zip(going, has_room, strict=True) if room and answers[i][-1] not in stop_tokens]
-        if not going:
-            break
-    return [answer[:-1] if answer and answer[-1] in stop_tokens else answer for answer in answers]
+    """Tokens drawn for each branch up to its limit (but one at least) or a stop token, which is returned too."""
+    answers: list[list[int]] = [[] for _ in generators]
+    going = list(range(len(answers)))
+    seen = torch.arange(batch.tokens.shape[1]) <= batch.source.unsqueeze(1)
+    assert batch.input_pos is not None
+    position = batch.input_pos[batch.batch_index, batch.source]
+    with reader.remembering():
+        while True:
+            logits = reader.logits(batch)[going].cpu()
+            noise = torch.stack([torch.empty(logits.shape[1]).exponential_(1, generator=generators[i]) for i in going])
+            for i, token in zip(going, _draw(logits, noise, temperature, top_k), strict=True):
+                answers[i].append(token)
+            going = [i for i in going if answers[i][-1] not in stop_tokens and len(answers[i]) < limits[i]]
+            if not going:
+                return answers
+            seen = nn.functional.pad(seen, (0, 1), value=True)
+            position = position + torch.isin(torch.arange(len(answers)), torch.tensor(going))  # the others stay
+            batch = _last_tokens(answers, position, seen, batch.runs)
+
+
+def _last_tokens(answers: Sequence[list[int]], position: Tensor, seen: Tensor, runs: tuple[int, ...]) -> AnswerBatch:
+    """The token that each answer ends with, to be run next."""
+    tokens = torch.tensor([answer[-1] for answer in answers])
+    row = torch.arange(len(answers))
+    return AnswerBatch(
+        tokens=tokens.unsqueeze(1),
+        batch_index=row,
+        source=torch.zeros_like(row),
+        targets=tokens,
+        input_pos=position.unsqueeze(1),
+        mask=seen.unsqueeze(1),
+        runs=runs,
+    )
 
 
 def _draw(logits: Tensor, noise: Tensor, temperature: float, top_k: int | None) -> list[int]:

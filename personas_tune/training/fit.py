@@ -1,10 +1,11 @@
 """Training the adapters of a bank: steps, epochs, validation."""
 
 import math
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -13,8 +14,12 @@ from torch.optim import Optimizer
 from personas_tune.adapters.bank import AdapterBank
 from personas_tune.datasets.tokens import TokenRow
 from personas_tune.errors import AdapterError, ConfigError
-from personas_tune.training.forward import AnswerBatch, answer_logits, answer_loss, plain_batch, shared_batch
+from personas_tune.training.batches import plain_batch
+from personas_tune.training.forward import answer_logits, answer_loss
 from personas_tune.training.order import epoch_order
+from personas_tune.training.schedule import move_training_state, next_in_turn
+from personas_tune.training.self_check import SharingCheck, check_sharing
+from personas_tune.training.shared_prefix import backward_rows
 
 Row = TypeVar("Row")
 
@@ -30,7 +35,9 @@ class TrainingSettings:
         rows_per_user: Length of the runs of one user's rows (see :func:`epoch_order`).
         max_steps_per_epoch: Optimizer steps after which an epoch ends; None for all rows.
         clip_grad_norm: Largest gradient norm; None for no limit.
-        share_prefixes: Run what a batch's rows of one user have in common once.
+        prefix_sharing: ``auto`` runs what a step's rows of one user have in common once; ``off`` never.
+        schedule: In which order the adapters take their steps (see :func:`next_in_turn`); it changes no bit.
+        offload_waiting: Keep weights and optimizer states of adapters that wait for their turn in CPU memory.
         seed: Seeds order and dropout.
     """
 
@@ -40,7 +47,9 @@ class TrainingSettings:
     rows_per_user: int = 1
     max_steps_per_epoch: int | None = None
     clip_grad_norm: float | None = None
-    share_prefixes: bool = False
+    prefix_sharing: Literal["auto", "off"] = "off"
+    schedule: str = "one_by_one"
+    offload_waiting: bool = False
     seed: int = 0
 
     @property
@@ -52,6 +61,10 @@ class TrainingSettings:
         """Optimizer steps of one epoch; a last, smaller step takes the rows that are left."""
         steps = -(-n_rows // self.rows_per_step)
         return steps if self.max_steps_per_epoch is None else min(steps, self.max_steps_per_epoch)
+
+    def n_steps(self, n_rows: int) -> int:
+        """Optimizer steps of a whole training."""
+        return self.epochs * self.steps_per_epoch(n_rows)
 
 
 @dataclass
@@ -65,6 +78,8 @@ class AdapterJob:
         optimizer: Steps its master weights.
         lr_scheduler: Advanced after each step; None for a constant rate.
         validation_rows: Rows whose loss is measured after each epoch.
+        steps_done: Optimizer steps taken so far; with the seed it says which rows come next.
+        validation_losses: One per epoch that is done.
     """
 
     name: str
@@ -75,11 +90,42 @@ class AdapterJob:
     validation_rows: Sequence[TokenRow] = ()
     steps_done: int = 0
     validation_losses: list[float] = field(default_factory=list)
+    _order: tuple[int, list[int]] | None = field(default=None, repr=False)
+
+    def next_rows(self, settings: TrainingSettings) -> tuple[int, list[int]]:
+        """The epoch of the next step, and the indices of its rows."""
+        epoch, step = divmod(self.steps_done, settings.steps_per_epoch(len(self.rows)))
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, self.order_of(epoch, settings))
+        size = settings.rows_per_step
+        return epoch, self._order[1][step * size : (step + 1) * size]
+
+    def order_of(self, epoch: int, settings: TrainingSettings) -> list[int]:
+        """The order of all rows in an epoch, as indices."""
+        return epoch_order(
+            self.prefixes, epoch=epoch, rows_per_user=settings.rows_per_user, seed=settings.seed, adapter=self.name
+        )
+
+    def ends_epoch(self, settings: TrainingSettings) -> bool:
+        """Whether the last step that was taken is the last of an epoch."""
+        return self.steps_done % settings.steps_per_epoch(len(self.rows)) == 0
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did."""
+    """What one optimizer step did.
+
+    Args:
+        adapter: Whose step it was.
+        step: 1-based, of this adapter.
+        epoch: 0-based.
+        n_rows: Rows that it took.
+        loss: Mean per answer token of those rows, before the step.
+        learning_rate: That of the step.
+        grad_norm: Before clipping; None if nothing is clipped.
+        seconds: Spent on the step, validation left out.
+        validation_loss: Measured after it, if it ended an epoch and there are validation rows.
+    """
 
     adapter: str
     step: int
@@ -88,6 +134,8 @@ class StepReport:
     loss: float
     learning_rate: float
     grad_norm: float | None
+    seconds: float
+    validation_loss: float | None = None
 
 
 def require_token_loss(loss_fn: nn.Module) -> None:
@@ -112,82 +160,133 @@ def require_token_loss(loss_fn: nn.Module) -> None:
         )
 
 
-def train_epoch(
+def train_steps(
     model: nn.Module,
     bank: AdapterBank,
-    job: AdapterJob,
-    epoch: int,
+    jobs: Sequence[AdapterJob],
     loss_fn: nn.Module,
     settings: TrainingSettings,
     pad_id: int,
 ) -> Iterator[StepReport]:
-    """Train one adapter for one epoch, a report per optimizer step.
+    """Train every adapter from where its job stands to the end, a report per optimizer step.
 
-    The loss of a step is the mean over the answer tokens of all its rows, however they are cut
-    into forward passes.
+    While a report is out nothing is half done: it is the moment to save a checkpoint, or to stop.
+
+    Args:
+        model: The base with the bank's working parameters.
+        bank: Holds the adapters that the jobs name.
+        jobs: One per adapter.
+        loss_fn: A torchtune or torch loss.
+        settings: The same for all adapters.
+        pad_id: Token that fills up short rows.
 
     Raises:
-        AdapterError: If the loss isn't finite; nothing of that step is kept.
+        AdapterError: If a loss isn't finite; nothing of that step is kept.
     """
-    order = epoch_order(
-        job.prefixes, epoch=epoch, rows_per_user=settings.rows_per_user, seed=settings.seed, adapter=job.name
-    )
-    size = settings.rows_per_step
+    largest_first = _largest_first(jobs)
+    n_steps = [settings.n_steps(len(job.rows)) for job in largest_first]
+    at_work: AdapterJob | None = None
+    while True:
+        turn = next_in_turn([job.steps_done for job in largest_first], n_steps, settings.schedule)
+        if turn is None:
+            return
+        job = largest_first[turn]
+        if settings.offload_waiting and job is not at_work:
+            _take_turns(bank, at_work, job)
+            at_work = job
+        report = _train_step(model, bank, job, loss_fn, settings, pad_id)
+        if job.validation_rows and job.ends_epoch(settings):
+            loss = validation_loss(model, bank, job, loss_fn, settings.batch_size, pad_id)
+            job.validation_losses.append(loss)
+            report = replace(report, validation_loss=loss)
+        yield report
+
+
+def check_first_group(
+    model: nn.Module,
+    bank: AdapterBank,
+    jobs: Sequence[AdapterJob],
+    loss_fn: nn.Module,
+    settings: TrainingSettings,
+    pad_id: int,
+) -> SharingCheck:
+    """Compare sharing with separate rows on the first rows that share a prefix; see :func:`check_sharing`.
+
+    On jobs that have taken no step it finds the same whenever it is called, so a resumed training
+    goes the way of the unbroken one.
+    """
     model.train()
-    for step in range(settings.steps_per_epoch(len(order))):
-        chosen = order[step * size : (step + 1) * size]
-        yield _train_step(model, bank, job, chosen, epoch, loss_fn, settings, pad_id)
+    for job in _largest_first(jobs):
+        order, size = job.order_of(0, settings), settings.rows_per_step
+        for chosen in _chunks(order[: size * settings.steps_per_epoch(len(order))], size):
+            rows, names = [job.rows[index] for index in chosen], [job.prefixes[index] for index in chosen]
+            with bank.use(job.name):
+                check = check_sharing(model, rows, names, loss_fn, pad_id=pad_id, branches_per_pass=settings.batch_size)
+            if check.is_done:
+                return check
+    return SharingCheck()
+
+
+def _largest_first(jobs: Sequence[AdapterJob]) -> list[AdapterJob]:
+    return sorted(jobs, key=lambda job: -len(job.rows))
+
+
+def put_to_wait(bank: AdapterBank, job: AdapterJob) -> None:
+    """Move an adapter's weights and optimizer state to CPU memory."""
+    move_training_state(bank[job.name].masters.values(), job.optimizer, torch.device("cpu"))
+
+
+def _take_turns(bank: AdapterBank, last: AdapterJob | None, following: AdapterJob) -> None:
+    if last is not None:
+        put_to_wait(bank, last)
+    move_training_state(bank[following.name].masters.values(), following.optimizer, bank.device)
 
 
 def _train_step(
     model: nn.Module,
     bank: AdapterBank,
     job: AdapterJob,
-    chosen: Sequence[int],
-    epoch: int,
     loss_fn: nn.Module,
     settings: TrainingSettings,
     pad_id: int,
 ) -> StepReport:
+    """Take one optimizer step.
+
+    Its loss is the mean over the answer tokens of all its rows, however they are cut into forward passes.
+    The optimizer steps within the adapter's own random stream, too: some round at random.
+    """
+    started = time.perf_counter()
+    epoch, chosen = job.next_rows(settings)
     n_tokens = sum(len(job.rows[index].answer) for index in chosen)
+    model.train()
     with bank.use(job.name) as adapter:
-        total = 0.0
-        for part in _chunks(chosen, settings.batch_size):
-            rows = [job.rows[index] for index in part]
-            names = [job.prefixes[index] for index in part]
-            batch = _batch_by_prefix(rows, names, pad_id) if settings.share_prefixes else plain_batch(rows, pad_id)
-            total += _backward(model, batch.to(_device_of(model)), loss_fn)
-            bank.take_gradients(1 / n_tokens)
-    loss = total / n_tokens
-    if not math.isfinite(loss):
-        job.optimizer.zero_grad(set_to_none=True)
-        raise AdapterError(
-            f"loss is {loss} at step {job.steps_done + 1}", where=f"adapter {job.name}", remedy="lower optimizer.lr"
+        total = backward_rows(
+            model,
+            [job.rows[index] for index in chosen],
+            [job.prefixes[index] for index in chosen],
+            loss_fn,
+            pad_id=pad_id,
+            sharing=settings.prefix_sharing,
+            branches_per_pass=settings.batch_size,
+            on_gradients=lambda: bank.take_gradients(1 / n_tokens),
         )
-    grad_norm = None
-    if settings.clip_grad_norm is not None:
-        grad_norm = float(nn.utils.clip_grad_norm_(adapter.masters.values(), settings.clip_grad_norm))
-    learning_rate = float(job.optimizer.param_groups[0]["lr"])
-    job.optimizer.step()
+        loss = total / n_tokens
+        if not math.isfinite(loss):
+            job.optimizer.zero_grad(set_to_none=True)
+            raise AdapterError(
+                f"loss is {loss} at step {job.steps_done + 1}", where=f"adapter {job.name}", remedy="lower optimizer.lr"
+            )
+        grad_norm = None
+        if settings.clip_grad_norm is not None:
+            grad_norm = float(nn.utils.clip_grad_norm_(adapter.masters.values(), settings.clip_grad_norm))
+        learning_rate = float(job.optimizer.param_groups[0]["lr"])
+        job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
     if job.lr_scheduler is not None:
         job.lr_scheduler.step()
     job.steps_done += 1
-    return StepReport(job.name, job.steps_done, epoch, len(chosen), loss, learning_rate, grad_norm)
-
-
-def _batch_by_prefix(rows: Sequence[TokenRow], prefixes: Sequence[str], pad_id: int) -> AnswerBatch:
-    groups: dict[str, list[list[TokenRow]]] = {}
-    for row, prefix in zip(rows, prefixes, strict=True):
-        groups.setdefault(prefix, []).append([row])
-    return shared_batch(list(groups.values()), pad_id)
-
-
-def _backward(model: nn.Module, batch: AnswerBatch, loss_fn: nn.Module) -> float:
-    """Add the gradients of a batch's summed loss; give that sum."""
-    loss = answer_loss(loss_fn, answer_logits(model, batch), batch.targets) * len(batch.targets)
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss.item()
+    seconds = time.perf_counter() - started
+    return StepReport(job.name, job.steps_done, epoch, len(chosen), loss, learning_rate, grad_norm, seconds)
 
 
 @torch.no_grad()
@@ -199,47 +298,11 @@ def validation_loss(
     total, n_tokens = 0.0, 0
     with bank.use(job.name):
         for rows in _chunks(job.validation_rows, batch_size):
-            batch = plain_batch(rows, pad_id).to(_device_of(model))
+            batch = plain_batch(rows, pad_id).to(bank.device)
             total += answer_loss(loss_fn, answer_logits(model, batch), batch.targets).item() * len(batch.targets)
             n_tokens += len(batch.targets)
     return total / n_tokens
 
 
-def train_bank(
-    model: nn.Module,
-    bank: AdapterBank,
-    jobs: Sequence[AdapterJob],
-    loss_fn: nn.Module,
-    settings: TrainingSettings,
-    pad_id: int,
-    on_step: Callable[[StepReport], None] = lambda report: None,
-    on_epoch: Callable[[AdapterJob, int], None] = lambda job, epoch: None,
-) -> None:
-    """Train every adapter for all epochs, one after another within an epoch, largest first.
-
-    Args:
-        model: The base with the bank's working parameters.
-        bank: Holds the adapters that the jobs name.
-        jobs: One per adapter.
-        loss_fn: A torchtune or torch loss.
-        settings: The same for all adapters.
-        pad_id: Token that fills up short rows.
-        on_step: Called after every optimizer step.
-        on_epoch: Called after an adapter's epoch; its validation loss has been measured.
-    """
-    for epoch in range(settings.epochs):
-        for job in sorted(jobs, key=lambda job: -len(job.rows)):
-            for report in train_epoch(model, bank, job, epoch, loss_fn, settings, pad_id):
-                on_step(report)
-            if job.validation_rows:
-                loss = validation_loss(model, bank, job, loss_fn, settings.batch_size, pad_id)
-                job.validation_losses.append(loss)
-            on_epoch(job, epoch)
-
-
 def _chunks(rows: Sequence[Row], size: int) -> Iterable[Sequence[Row]]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

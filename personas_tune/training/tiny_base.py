@@ -23,7 +23,8 @@ from torchtune.models.phi3._tokenizer import PHI3_SPECIAL_TOKENS
 
 from personas_tune.datasets.tokens import TokenRow
 from personas_tune.errors import ConfigError
-from personas_tune.training.forward import answer_logits, shared_batch, shared_length
+from personas_tune.training.batches import shared_length
+from personas_tune.training.shared_prefix import shared_logits
 
 
 @dataclass(frozen=True)
@@ -169,14 +170,14 @@ def _language_loss(
 ) -> tuple[Tensor, float]:
     """The loss to minimise, and the answers' part of it."""
     if settings.prompt_loss_weight == 0:
-        batch = shared_batch([[[row] for row in group] for group in groups], pad_id)
-        loss = nn.functional.cross_entropy(answer_logits(model, batch), batch.targets)
+        logits, targets = shared_logits(model, [[[row] for row in group] for group in groups], pad_id)
+        loss = nn.functional.cross_entropy(logits, targets)
         return loss, loss.item()
     # With the answer said to begin right after the shared prefix, every later token is predicted.
     starts = [shared_length(group) + 1 for group in groups]
     whole = [[[TokenRow(row.tokens, start)] for row in group] for group, start in zip(groups, starts, strict=True)]
-    batch = shared_batch(whole, pad_id)
-    losses = nn.functional.cross_entropy(answer_logits(model, batch), batch.targets, reduction="none")
+    logits, targets = shared_logits(model, whole, pad_id)
+    losses = nn.functional.cross_entropy(logits, targets, reduction="none")
     in_answer = torch.cat(
         [
             torch.arange(start, len(row.tokens)) >= row.answer_start

@@ -838,8 +838,12 @@ BASES = {
         "~adapter_sets.persona",
         "~agents",
     ),
-    "a training to resume": bad_training(
-        "resume_from_checkpoint | not built yet | leave it out", "resume_from_checkpoint=true"
+    "no checkpoint to go on from": bad_training(
+        ".persona.checkpoints | no complete checkpoint | leave resume_from_checkpoint out",
+        "resume_from_checkpoint=true",
+    ),
+    "a checkpoint that is not there": bad_training(
+        "gone/step_3 | no checkpoint there | resume_from_checkpoint=last", "resume_from_checkpoint=gone/step_3"
     ),
     "no corpus for a base": case(
         "persona_base",

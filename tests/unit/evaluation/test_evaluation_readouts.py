@@ -53,6 +53,41 @@ def test_label_probabilities_equal_brute_force_and_sum_to_one(load_tiny, tmp_pat
     assert p.std(axis=0).max() > 1e-4  # the prompts do matter
 
 
+def forwards(model) -> list[tuple[int, ...]]:
+    """The shapes of the tokens that the model is run on from now on."""
+    shapes: list[tuple[int, ...]] = []
+    model.tok_embeddings.register_forward_hook(lambda _, inputs, __: shapes.append(tuple(inputs[0].shape)))
+    return shapes
+
+
+def test_prompts_are_grouped_whatever_their_order_and_prefixes_read_once(load_tiny) -> None:
+    base = load_tiny()
+    rng = np.random.default_rng(0)
+    users = [rng.integers(3, 300, 40 + user).tolist() for user in range(3)]
+    prompts = [user + rng.integers(3, 300, int(rng.integers(5, 9))).tolist() for user in users for _ in range(6)]
+    prompts.append(rng.integers(3, 300, 30).tolist())  # begins like none of them
+    answers = [[5, 2], [6, 2], [7, 8, 2]]
+    shapes = forwards(base.model)
+    p = label_probabilities(base.model, prompts, answers, pad_id=0, max_tokens=120)
+    prefixes = [rows * length for rows, length in shapes if length >= 29]
+    assert sum(prefixes) == sum(len(user) for user in users) + 29
+    shapes.clear()
+    order = rng.permutation(len(prompts))
+    shuffled = label_probabilities(base.model, [prompts[i] for i in order], answers, pad_id=0, max_tokens=10_000)
+    assert len(shapes) == 2  # all prefixes at once, all branches at once
+    np.testing.assert_allclose(shuffled, p[order], rtol=1e-5)
+
+
+def test_passes_stay_within_their_tokens(load_tiny) -> None:
+    base = load_tiny()
+    prompts = [[*range(3, 103), n, n + 1, n + 2, n + 3] for n in range(20)]
+    shapes = forwards(base.model)
+    label_probabilities(base.model, prompts, [[5, 2], [6, 2]], pad_id=0, max_tokens=140)
+    assert shapes[0] == (1, 100)
+    assert [rows for rows, _ in shapes[1:]] == [5, 5, 5, 5]
+    assert all(100 + rows * length <= 140 for rows, length in shapes[1:])
+
+
 def test_expected_and_most_likely_ratings_by_hand() -> None:
     p = np.array([[0.1, 0.2, 0.7], [0.4, 0.4, 0.2]])
     assert expected_ratings(p, [1, 3, 5]).tolist() == pytest.approx([4.2, 2.6])
@@ -114,6 +149,30 @@ def test_drawn_answers_do_not_depend_on_batching(load_tiny, experiment) -> None:
     assert together == generate(base, prompts, max_tokens=1)
     assert together != generate(base, prompts, seed=2)
     assert len({tuple(answer) for answer in together}) > 1
+
+
+def test_generation_reads_prefix_and_branches_once_and_then_a_token_at_a_time(load_tiny) -> None:
+    base = load_tiny()
+    prompts = [[*range(3, 103), n, n + 1][: 102 - n % 2] for n in range(4)]
+    shapes = forwards(base.model)
+    generate(base, prompts, stop_tokens=[], max_new_tokens=3)
+    assert shapes == [(1, 100), (4, 3), (4, 1), (4, 1)]  # a branch ends with the token to be predicted
+
+
+def test_drawn_answers_are_those_of_whole_rows_run_again_for_each_token(load_tiny) -> None:
+    from personas_tune.adapters.bank import stable_seed
+    from personas_tune.evaluation.readouts import _draw
+
+    base = load_tiny()
+    prompts = [[*range(3, 43), n, *[7] * (n % 3)] for n in range(5)]
+    answers = generate(base, prompts, stop_tokens=[])
+    for index, prompt in enumerate(prompts):
+        generator, row = torch.Generator().manual_seed(stable_seed(1, str(index))), list(prompt)
+        for _ in range(4):
+            logits = base.model(torch.tensor([row]))[:, -1]
+            noise = torch.empty_like(logits).exponential_(1, generator=generator)
+            row += _draw(logits, noise, temperature=0.9, top_k=50)
+        assert answers[index] == row[len(prompt) :]
 
 
 def test_generation_stops_where_the_context_ends(load_tiny) -> None:

@@ -11,8 +11,9 @@ from torch import nn
 from personas_tune.adapters.bank import AdapterBank
 from personas_tune.datasets import RatingDataset, RatingSource
 from personas_tune.errors import AdapterError
-from personas_tune.training.fit import AdapterJob, TrainingSettings, train_bank, validation_loss
-from personas_tune.training.forward import answer_logits, answer_loss, plain_batch
+from personas_tune.training.batches import plain_batch
+from personas_tune.training.fit import AdapterJob, TrainingSettings, train_steps, validation_loss
+from personas_tune.training.forward import answer_logits, answer_loss
 from personas_tune.training.order import epoch_order
 
 SETTINGS = TrainingSettings(epochs=2, batch_size=2, gradient_accumulation_steps=2, seed=5)
@@ -31,7 +32,8 @@ def train(base, dataset, names, settings=SETTINGS):
                 torch.optim.AdamW(adapter.masters.values(), lr=1e-2),
             )
         )
-    train_bank(base.model, base.bank, jobs, nn.CrossEntropyLoss(), settings, base.tokenizer.pad_id)
+    for _ in train_steps(base.model, base.bank, jobs, nn.CrossEntropyLoss(), settings, base.tokenizer.pad_id):
+        pass
     return {name: base.bank[name].state_dict() for name in names}
 
 
@@ -40,11 +42,11 @@ def rating_dataset(base, experiment):
     return RatingDataset(base.tokenizer, source, source.samples("train"), "both")
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_training_the_bank_equals_training_each_adapter_alone(load_tiny, experiment, dropout) -> None:
+@pytest.mark.parametrize(("dropout", "schedule"), [(0.0, "one_by_one"), (0.1, "interleaved")])
+def test_training_the_bank_equals_training_each_adapter_alone(load_tiny, experiment, dropout, schedule) -> None:
     together = load_tiny(lora_dropout=dropout)
     dataset = rating_dataset(together, experiment)
-    bank = train(together, dataset, ["persona/0", "persona/1"])
+    bank = train(together, dataset, ["persona/0", "persona/1"], replace(SETTINGS, schedule=schedule))
     for name in bank:
         alone = train(load_tiny(lora_dropout=dropout), dataset, [name])[name]
         for key, weight in alone.items():
@@ -56,7 +58,7 @@ def test_sharing_prefixes_trains_the_same_adapters(load_tiny, experiment) -> Non
     dataset = rating_dataset(plain, experiment)
     in_runs = replace(SETTINGS, batch_size=4, rows_per_user=4)
     expected = train(plain, dataset, ["persona/0"], in_runs)["persona/0"]
-    shared = train(load_tiny(), dataset, ["persona/0"], replace(in_runs, share_prefixes=True))["persona/0"]
+    shared = train(load_tiny(), dataset, ["persona/0"], replace(in_runs, prefix_sharing="auto"))["persona/0"]
     for key, weight in expected.items():
         torch.testing.assert_close(shared[key], weight, rtol=1e-3, atol=1e-4, msg=key)
 
@@ -73,7 +75,7 @@ def test_a_loss_that_is_not_finite_stops_the_step_and_keeps_nothing_of_it(load_t
             return super().forward(logits, targets) * float("nan")
 
     with pytest.raises(AdapterError, match=r"adapter a: loss is nan at step 1; lower optimizer\.lr"):
-        train_bank(base.model, base.bank, [job], Broken(), SETTINGS, base.tokenizer.pad_id)
+        list(train_steps(base.model, base.bank, [job], Broken(), SETTINGS, base.tokenizer.pad_id))
     assert all(torch.equal(before[key], weight) for key, weight in adapter.state_dict().items())
     assert all(weight.grad is None for weight in adapter.masters.values())
 
