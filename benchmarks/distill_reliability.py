@@ -1,9 +1,10 @@
 """Kills, drains and a faulty server: what becomes of answers that were paid, and of the tables made of them.
 
-Hardware: TODO
-Date:     TODO
+Hardware: 2 cores of an x86-64 virtual machine
+Date:     2026-11-20
 Command:  OMP_NUM_THREADS=1 python benchmarks/distill_reliability.py
-Result:   TODO
+Result:   every promise kept in 448 s: 200 SIGKILLs, 168 calls billed again (at most 1600 allowed); 100 SIGTERMs and
+          SIGINTs, none billed again; 50 SIGKILLs in batch mode, no duplicate batch, none billed again
 
 The recipe runs in a process of its own against a server on loopback (tests/openai_server.py) that answers 15% of the
 calls with 429, 7% with 500, breaks 4% off and 4% in the middle of the answer, both after billing, cuts 6% of the JSON

@@ -947,5 +947,5 @@ def test_a_pipeline_stops_at_the_mistake_and_keeps_what_was_finished(folder):
     assert outcome.status == 2
     error, note = outcome.err.splitlines()
     assert error.startswith("error: personas.k: 9 personas need at least 9 users")
-    assert note == "persona_pipeline: persona_cluster failed; mend what it says and run the pipeline again"
+    assert note == "persona_pipeline: persona_cluster failed; mend what it says; run the pipeline again to go on"
     assert state_of(folder / "run").keys() == before.keys()
