@@ -3,8 +3,8 @@
 Hardware: 2 cores of an x86-64 virtual machine, the server on one of them
 Date:     2026-11-20
 Command:  OMP_NUM_THREADS=1 python benchmarks/distill_throughput.py --users 1000 100000
-Result:   at 200 ms and 64 in flight (ideal 320 calls/s) 291 calls/s, the bare loop 289; at 20 ms and 64 484 against 563;
-          peak memory 190 MB with 1,000 users, 239 MB with 100,000
+Result:   at 200 ms and 64 in flight (ideal 320 calls/s) 291 calls/s, the bare loop 289; at 20 ms and 64 484 against
+          563; peak memory 190 MB with 1,000 users, 239 MB with 100,000
 
 Both clients send the same requests (reflections on ten movies, five calls a user, one after the other) to the same
 server on loopback at the same concurrency, in turns; a line has the median of the rounds. The bare loop is
