@@ -1,6 +1,7 @@
 """A tiny finished experiment and a tiny random Phi-3 checkpoint, shared by all tests."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -15,6 +16,9 @@ from openai_server import Server, start_server
 from tiny import TINY, base_sections, write_experiment
 
 from personas_tune.workspace import Workspace
+
+# A shell has what it runs in the background ignore SIGINT, and children take that over; some tests send one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine is no failure of ours.
 settings.register_profile("any_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
