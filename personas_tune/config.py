@@ -27,6 +27,7 @@ from yaml import YAMLError
 
 from personas_tune.addresses import bare_address
 from personas_tune.errors import ConfigError, PersonasTuneError, raise_together
+from personas_tune.processes import Processes, joined
 from personas_tune.schema import Experiment
 
 EXIT_USER_ERROR = 2
@@ -243,22 +244,38 @@ def parse(recipe_main: Callable[[DictConfig], Any]) -> Callable[[], None]:
     def run() -> None:
         def checked_main() -> None:
             _refuse_several_processes()
-            parser = argparse.ArgumentParser(
-                description=recipe_main.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-            )
-            parser.add_argument("--config", required=True, help="a YAML file, or the name of a bundled config")
-            parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key; ~key removes it")
-            arguments, unknown = parser.parse_known_args()
-            flags = [word for word in unknown if word.startswith("-")]
-            if flags:
-                raise ConfigError(
-                    f"unknown flag {' '.join(flags)}", where="command line", remedy="use --config NAME and key=value"
-                )
-            recipe_main(load_experiment(arguments.config, [*arguments.overrides, *unknown]))
+            recipe_main(_experiment_of_command_line(recipe_main.__doc__))
 
         sys.exit(exit_status_of(checked_main))
 
     return run
+
+
+def parse_in_processes(recipe_main: Callable[[DictConfig, Processes], Any]) -> Callable[[], None]:
+    """As :func:`parse`, for a recipe that may run in several processes."""
+
+    @functools.wraps(recipe_main)
+    def run() -> None:
+        def checked_main() -> None:
+            with joined() as processes:
+                recipe_main(_experiment_of_command_line(recipe_main.__doc__), processes)
+
+        sys.exit(exit_status_of(checked_main))
+
+    return run
+
+
+def _experiment_of_command_line(description: str | None) -> DictConfig:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a YAML file, or the name of a bundled config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key; ~key removes it")
+    arguments, unknown = parser.parse_known_args()
+    flags = [word for word in unknown if word.startswith("-")]
+    if flags:
+        raise ConfigError(
+            f"unknown flag {' '.join(flags)}", where="command line", remedy="use --config NAME and key=value"
+        )
+    return load_experiment(arguments.config, [*arguments.overrides, *unknown])
 
 
 def exit_status_of(command: Callable[[], None]) -> int:
@@ -276,7 +293,7 @@ def exit_status_of(command: Callable[[], None]) -> int:
 
 
 def _refuse_several_processes() -> None:
-    """Several ranks would each do the whole job; refuse until the work is really divided."""
+    """Each of several processes would do the whole job."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if os.environ.get("RANK", "0") != "0":
             if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -284,9 +301,9 @@ def _refuse_several_processes() -> None:
                 time.sleep(_RANK_0_SPEAKS_WITHIN)
             sys.exit(EXIT_USER_ERROR)
         raise ConfigError(
-            f"training in {os.environ['WORLD_SIZE']} processes is not built yet",
+            f"this recipe runs in one process, not in {os.environ['WORLD_SIZE']}",
             where="--nproc_per_node",
-            remedy="leave the flag out: one process trains every persona",
+            remedy="leave the flag out; persona_lora, persona_eval and persona_pipeline take it",
         )
 
 

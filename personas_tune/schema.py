@@ -310,6 +310,7 @@ class Experiment(Section):
     seed: int = Field(default=42, ge=0)
     device: str = "cpu"
     dtype: Literal["fp32", "bf16"] = "fp32"
+    parallel: Literal["auto", "persona", "data", "fsdp"] = "auto"  # how several processes share the work
 
     data: Data = Field(default_factory=Data)
     distill: Distill = Field(default_factory=Distill)

@@ -316,6 +316,16 @@ class Stage:
         self._written[name] = target
         return target
 
+    @property
+    def written(self) -> list[str]:
+        """Names of the files that this process has written."""
+        return sorted(self._written)
+
+    def include(self, names: Iterable[str]) -> None:
+        """Take up files that other processes have written through copies of this stage."""
+        for name in names:
+            self.path(name)
+
     def write_table(self, name: str, table: "pa.Table", *, row_group_size: int | None = None) -> None:
         """Write a table as Parquet; equal tables give equal bytes.
 

@@ -5,11 +5,14 @@ Writes  eval/predictions_<agent>.parquet, eval/metrics.json, eval/table.md
 
     tune run persona_eval --config quickstart.yaml
     tune run persona_eval --config phi3_persona.yaml evaluation.temperature=0
+    tune run --nproc_per_node 8 persona_eval --config phi3_persona.yaml
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from omegaconf import DictConfig
@@ -18,6 +21,7 @@ from tqdm import tqdm
 from personas_tune import config
 from personas_tune.adapters.base_model import BaseModel, checkpoint_inputs, load_base, missing_base_files
 from personas_tune.adapters.selection import load_adapter_set
+from personas_tune.adapters.sharding import in_lockstep
 from personas_tune.datasets import RatingDataset, RatingSource
 from personas_tune.errors import raise_together
 from personas_tune.evaluation.baselines import fit_baselines
@@ -28,8 +32,10 @@ from personas_tune.evaluation.predict import (
     predict_distributions,
     predict_texts,
     prediction_table,
+    share_of_rows,
 )
 from personas_tune.evaluation.table import write_table
+from personas_tune.processes import Processes, take_own_device
 from personas_tune.workspace import (
     COLUMNS,
     MANIFEST,
@@ -50,10 +56,12 @@ class PersonaEvalRecipe:
 
     Args:
         cfg: The experiment.
+        processes: Those that share the rows.
     """
 
-    def __init__(self, cfg: DictConfig) -> None:
+    def __init__(self, cfg: DictConfig, processes: Processes) -> None:
         self.cfg = cfg
+        self.processes = processes
         self.workspace = Workspace.at(cfg.output_dir)
         self.inputs = self._find_inputs()
         self.source = RatingSource(self.workspace.root)
@@ -63,7 +71,10 @@ class PersonaEvalRecipe:
         self._distributions: dict[tuple[str | None, str | None, str], Any] = {}
 
     def predict(self, stage: Stage) -> dict[str, pa.Table]:
-        """Every agent's predictions, also written to their files; one base in memory at a time."""
+        """Every agent's predictions, also written to their files; one base in memory at a time.
+
+        Every process predicts its share of the rows; the first gets and writes them all.
+        """
         tables = {}
         for base_name in dict.fromkeys(self._base_of(agent) for agent in self.cfg.agents.values()):
             tables.update(self._predict_agents_on(base_name, stage))
@@ -126,35 +137,52 @@ class PersonaEvalRecipe:
 
     def _predict_agents_on(self, base_name: str | None, stage: Stage) -> dict[str, pa.Table]:
         """The agents of one base, which is let go of on return, before the next one is loaded."""
-        base = load_base(**config.base_sections(self.cfg, base_name), device=self.cfg.device, dtype=self.cfg.dtype)
+        base = load_base(
+            **config.base_sections(self.cfg, base_name),
+            device=self.cfg.device,
+            dtype=self.cfg.dtype,
+            sharded=self.cfg.parallel == "fsdp" and self.processes.size > 1,
+        )
         agents = {name: agent for name, agent in self.cfg.agents.items() if self._base_of(agent) == base_name}
         for agent in {agent.adapters: agent for agent in agents.values()}.values():
             self._load_adapters(agent, base)  # what is damaged or doesn't fit is told before hours of predicting
         tables = {}
         for name, agent in agents.items():
             tables[name] = self._predict_agent(name, agent, base)
-            stage.write_table(f"predictions_{name}.parquet", tables[name])
+            if self.processes.is_first:
+                stage.write_table(f"predictions_{name}.parquet", tables[name])
         return tables
 
     def _predict_agent(self, name: str, agent: DictConfig, base: BaseModel) -> pa.Table:
         dataset = RatingDataset(base.tokenizer, self.source, self.samples, self._memories_of(agent))
-        if dataset.n_shortened:
+        if dataset.n_shortened and self.processes.is_first:
             n_shortened = f"{dataset.n_shortened} of {len(dataset)}"
             print(f"persona_eval: {name}: {n_shortened} prompts were shortened to fit the context")
         assignment = self._load_adapters(agent, base)
+        rows = share_of_rows(self.samples, assignment, self.processes.rank, self.processes.size)
         key = (self._base_of(agent), agent.adapters, self._memories_of(agent))
-        limit = self.cfg.evaluation.max_tokens_per_forward
-        with tqdm(total=len(dataset), desc=f"eval {name}", unit="row") as progress:
+        limit, labels = self.cfg.evaluation.max_tokens_per_forward, self.source.labels
+        hidden = not self.processes.is_first
+        with tqdm(total=len(rows), desc=f"eval {name}", unit="row", disable=hidden) as progress:
             if key not in self._distributions:
-                labels = self.source.labels
-                p = predict_distributions(base, dataset, assignment, labels, limit, progress.update)
-                self._distributions[key] = p
+                with in_lockstep(base.model):
+                    p = predict_distributions(base, dataset, rows, assignment, labels, limit, progress.update)
+                self._distributions[key] = np.array(self._from_all(rows, list(p)))
             texts = None
             if agent.readout == "generate":
                 progress.reset()
-                texts = predict_texts(base, dataset, assignment, self._sampling(), limit, progress.update)
-            progress.update(len(dataset) - progress.n)
-        return prediction_table(self.samples, self._distributions[key], self.source.labels, texts)
+                with in_lockstep(base.model):
+                    mine = predict_texts(base, dataset, rows, assignment, self._sampling(), limit, progress.update)
+                texts = self._from_all(rows, mine)
+            progress.update(len(rows) - progress.n)
+        return prediction_table(self.samples, self._distributions[key], labels, texts)
+
+    def _from_all(self, rows: Sequence[int], values: Sequence[Any]) -> list[Any]:
+        """Every process's values of its rows, in the order of the samples."""
+        together: dict[int, Any] = {}
+        for of_process in self.processes.gather(dict(zip(rows, values, strict=True))):
+            together.update(of_process)
+        return [together[index] for index in range(len(self.samples))]
 
     def _load_adapters(self, agent: DictConfig, base: BaseModel) -> dict[str, str] | None:
         if agent.adapters is None:
@@ -180,21 +208,28 @@ class PersonaEvalRecipe:
         return "both" if agent.adapters is None else self.cfg.adapter_sets[agent.adapters].memories
 
 
-@config.parse
-def recipe_main(cfg: DictConfig) -> None:
+@config.parse_in_processes
+def recipe_main(cfg: DictConfig, processes: Processes) -> None:
     """Predict, measure, write the table and print it."""
+    take_own_device(cfg.device)
     workspace = Workspace.at(cfg.output_dir)
-    recipe = PersonaEvalRecipe(cfg)
-    with open_stage(workspace.root / "eval", config.settings_of(cfg, *SETTINGS), recipe.inputs, seed=cfg.seed) as stage:
+    recipe = PersonaEvalRecipe(cfg, processes)
+    settings = config.settings_of(cfg, *SETTINGS)
+    opened = partial(open_stage, workspace.root / "eval", settings, recipe.inputs, seed=cfg.seed)
+    with processes.held_by_first(opened) as stage:
+        if not stage.is_current:
+            # The baselines take seconds: a bad table is told before hours of predicting.
+            measurement = recipe.measure_baselines() if processes.is_first else None
+            predictions = recipe.predict(stage)
+            if measurement is not None:
+                metrics = recipe.measure_agents(measurement, predictions)
+                stage.write_json("metrics.json", metrics)
+                stage.write_text("table.md", write_table(metrics))
+    if processes.is_first:
         if stage.is_current:
             print("persona_eval: eval/ is up to date")
-        else:
-            measurement = recipe.measure_baselines()  # takes seconds: a bad table is told before hours of predicting
-            metrics = recipe.measure_agents(measurement, recipe.predict(stage))
-            stage.write_json("metrics.json", metrics)
-            stage.write_text("table.md", write_table(metrics))
-    print(workspace.table.read_text(encoding="utf-8"))
-    print(f"table: {workspace.table}\nmetrics: {workspace.metrics}")
+        print(workspace.table.read_text(encoding="utf-8"))
+        print(f"table: {workspace.table}\nmetrics: {workspace.metrics}")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ Writes  adapters/<set>/<adapter>/ for every entry of ``adapter_sets``
     tune run persona_lora --config quickstart.yaml
     tune run persona_lora --config phi3_persona.yaml optimizer.lr=1e-4
     tune run persona_lora --config phi3_persona.yaml resume_from_checkpoint=true
+    tune run --nproc_per_node 8 persona_lora --config phi3_persona.yaml
 """
 
 import os
 import warnings
-from collections import Counter
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,7 +22,6 @@ import pyarrow as pa
 import torch
 from omegaconf import DictConfig
 from torchtune import training
-from tqdm import tqdm
 
 from personas_tune import config
 from personas_tune.adapters.base_model import (
@@ -32,8 +32,10 @@ from personas_tune.adapters.base_model import (
     missing_base_files,
 )
 from personas_tune.adapters.files import lora_shape, save_adapter
+from personas_tune.adapters.sharding import is_sharded
 from personas_tune.datasets import RatingDataset, RatingSource
 from personas_tune.errors import Interrupted, raise_together
+from personas_tune.processes import Processes, take_own_device
 from personas_tune.schema import MemoriesSeen
 from personas_tune.training.checkpoints import Checkpoint, Checkpoints, Origin, Part, checkpoint_folder
 from personas_tune.training.fit import (
@@ -45,9 +47,13 @@ from personas_tune.training.fit import (
     require_token_loss,
     train_steps,
 )
+from personas_tune.training.meetings import Meetings
+from personas_tune.training.schedule import Progress, checkpoint_turns
 from personas_tune.training.sets import AdapterPlan, plan_adapter_set
 from personas_tune.training.state import job_state, process_state, restore_job, restore_process
+from personas_tune.training.step_log import StepLog
 from personas_tune.training.stopping import sigterm_in_a_line, stop_requests
+from personas_tune.training.teams import Place, Team, form_team, place_adapters
 from personas_tune.workspace import (
     Stage,
     Workspace,
@@ -72,10 +78,12 @@ class PersonaLoraRecipe:
 
     Args:
         cfg: The experiment.
+        processes: Those that share the work.
     """
 
-    def __init__(self, cfg: DictConfig) -> None:
+    def __init__(self, cfg: DictConfig, processes: Processes) -> None:
         self.cfg = cfg
+        self.processes = processes
         self.workspace = Workspace.at(cfg.output_dir)
         self._require_inputs()
         self.source = RatingSource(self.workspace.root)
@@ -106,29 +114,35 @@ class PersonaLoraRecipe:
     def train_set(self, name: str) -> None:
         """Train one adapter set, or say that it is up to date."""
         adapter_set = self.cfg.adapter_sets[name]
-        base = config.base_sections(self.cfg, adapter_set.base)
         settings = self._settings_of(name)
-        inputs = [*prompt_inputs(self.workspace), *checkpoint_inputs(**base)]
-        checkpoints = self._checkpoints(name, settings, inputs)
-        with open_stage(self.workspace.adapter_set(name), settings, inputs, seed=self.cfg.seed) as stage:
+        inputs = [
+            *prompt_inputs(self.workspace),
+            *checkpoint_inputs(**config.base_sections(self.cfg, adapter_set.base)),
+        ]
+        plans, assignment = plan_adapter_set(
+            self.samples,
+            per=adapter_set.per,
+            rows=adapter_set.rows,
+            shuffle_personas=adapter_set.shuffle_personas,
+            validation_share=self.cfg.validation_share,
+            seed=self.cfg.seed,
+        )
+        places = place_adapters([len(plan.rows) for plan in plans], self.processes.size, self.cfg.parallel)
+        checkpoints = self._checkpoints(name, settings, inputs, plans, places)
+        opened = partial(open_stage, self.workspace.adapter_set(name), settings, inputs, seed=self.cfg.seed)
+        with self.processes.held_by_first(opened) as stage:
             if stage.is_current:
-                print(f"persona_lora: adapters/{name} is up to date")
+                self._say(f"adapters/{name} is up to date")
                 checkpoints.remove_leftovers()
                 return
             start = self._find_checkpoint(name, checkpoints)
-            plans, assignment = plan_adapter_set(
-                self.samples,
-                per=adapter_set.per,
-                rows=adapter_set.rows,
-                shuffle_personas=adapter_set.shuffle_personas,
-                validation_share=self.cfg.validation_share,
-                seed=self.cfg.seed,
-            )
-            self._train_plans(name, plans, stage, checkpoints, start)
-            stage.write_table(
-                "assignment.parquet", pa.table({"user_id": list(assignment), "adapter": list(assignment.values())})
-            )
-        checkpoints.remove()
+            self._train_plans(name, plans, places, stage, checkpoints, start)
+            if self.processes.is_first:
+                stage.write_table(
+                    "assignment.parquet", pa.table({"user_id": list(assignment), "adapter": list(assignment.values())})
+                )
+        if self.processes.is_first:
+            checkpoints.remove()
 
     def _settings_of(self, name: str) -> dict[str, Any]:
         """What decides the adapters of a set, besides files and seed."""
@@ -141,19 +155,37 @@ class PersonaLoraRecipe:
             "adapter_set": config.plain(adapter_set),
         }
 
-    def _checkpoints(self, name: str, settings: dict[str, Any], inputs: Sequence[Path]) -> Checkpoints:
-        settings, hashes = {**settings, "seed": self.cfg.seed}, sha256_of_inputs(inputs)
+    def _checkpoints(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        inputs: Sequence[Path],
+        plans: Sequence[AdapterPlan],
+        places: Sequence[Place],
+    ) -> Checkpoints:
+        settings, hashes = (
+            {**settings, "seed": self.cfg.seed},
+            self.processes.from_first(lambda: sha256_of_inputs(inputs)),
+        )
         device = self.cfg.device.partition(":")[0]
-        origin = Origin(name, settings, hashes, device, key=stage_key(settings, hashes))
+        shared = {
+            plans[index].adapter: len(place.ranks)
+            for place in places
+            for index in place.adapters
+            if len(place.ranks) > 1
+        }
+        origin = Origin(name, settings, hashes, device, stage_key(settings, hashes), shared)
         folder = checkpoint_folder(self.workspace.adapter_set(name))
         return Checkpoints(folder, origin, self.cfg.training.keep_last_n_checkpoints)
 
     def _find_checkpoint(self, name: str, checkpoints: Checkpoints) -> Checkpoint | None:
         """What to go on from. Only the first set that isn't finished was stopped: later ones start anew."""
-        found, note = checkpoints.find(self._resume)
+        found, note = self.processes.from_first(lambda: checkpoints.find(self._resume))
         self._resume = None if self._resume else self._resume
         if note:
-            print(f"persona_lora: adapters/{name}: {note}")
+            self._say(f"adapters/{name}: {note}")
+        if found is not None:
+            checkpoints.go_on_from(found)
         return found
 
     def _settings_of_base(self, name: str | None) -> dict[str, Any]:
@@ -170,6 +202,7 @@ class PersonaLoraRecipe:
         self,
         set_name: str,
         plans: Sequence[AdapterPlan],
+        places: Sequence[Place],
         stage: Stage,
         checkpoints: Checkpoints,
         start: Checkpoint | None,
@@ -177,9 +210,62 @@ class PersonaLoraRecipe:
         adapter_set = self.cfg.adapter_sets[set_name]
         base = self._base(adapter_set.base)
         dataset = self._dataset(adapter_set.base, adapter_set.memories)
-        jobs = [self._job(base, dataset, set_name, plan) for plan in plans]
+        team, place = form_team(places, self.processes, in_step=is_sharded(base.model))
+        jobs = [self._job(base, dataset, set_name, plans[index], team) for index in place.adapters]
         loss_fn = config.instantiate(self.cfg, "loss", default="torch.nn.CrossEntropyLoss")
         require_token_loss(loss_fn)
+        settings = self._settle_sharing(base, jobs, loss_fn)
+        if start is not None:
+            self._restore(base, jobs, team, start)
+            hint = " (resume_from_checkpoint=false starts anew)" if self.cfg.resume_from_checkpoint is None else ""
+            self._say(f"adapters/{set_name} goes on after step {start.step} from {start.path}{hint}")
+        steps = train_steps(base.model, base.bank, jobs, loss_fn, settings, base.tokenizer.pad_id, team)
+        course = self._course(plans, places, jobs)
+        save = partial(self._save_checkpoint, base, jobs, team, checkpoints)
+        signal_number = self._follow(set_name, steps, team, course, save)
+        if signal_number is not None:
+            n_steps = sum(progress.n_steps for of_team in course for progress in of_team)
+            raise Interrupted(signal_number, self._what_is_kept(set_name, self._n_done(jobs, team), n_steps))
+        for job in jobs:
+            if team.leads:
+                self._save(base, job, stage)
+            base.bank.remove(job.name)
+        for names in self.processes.gather(stage.written):
+            stage.include(names)
+
+    def _follow(
+        self,
+        set_name: str,
+        steps: Iterator[StepReport],
+        team: Team,
+        course: Sequence[Sequence[Progress]],
+        save: Callable[[], None],
+    ) -> int | None:
+        """Take the steps, show and log them, save checkpoints; gives the signal that stopped it between two steps."""
+        due = checkpoint_turns(course, self.settings.schedule, self.cfg.training.checkpoint_every_n_steps)
+        device = torch.device(self.cfg.device)
+        with (
+            stop_requests() as stop,
+            StepLog(
+                set_name,
+                course,
+                self._logger() if self.processes.is_first else None,
+                every=self.cfg.log_every_n_steps,
+                memory_of=device if self.cfg.log_peak_memory_stats and device.type != "cpu" else None,
+            ) as log,
+            self._profiler() as profiler,
+        ):
+            meetings = Meetings(self.processes, team, stop, log.add, save)
+            signal_number = meetings.follow(_each_told_to(profiler, steps), due)
+        if signal_number is None:
+            self._say(f"adapters/{set_name}: {log.summary()}")
+        return signal_number
+
+    def _n_done(self, jobs: Sequence[AdapterJob], team: Team) -> int:
+        """Steps that all processes have taken."""
+        return sum(self.processes.gather(sum(job.steps_done for job in jobs) if team.leads else 0))
+
+    def _logger(self) -> Any:
         logger = config.instantiate(
             self.cfg,
             "metric_logger",
@@ -187,51 +273,25 @@ class PersonaLoraRecipe:
             log_dir=str(self.workspace.root / "logs"),
         )
         logger.log_config(config.without_secrets(self.cfg))
-        settings = self._settle_sharing(base, jobs, loss_fn)
-        if start is not None:
-            self._restore(base, jobs, start)
-            hint = " (resume_from_checkpoint=false starts anew)" if self.cfg.resume_from_checkpoint is None else ""
-            print(f"persona_lora: adapters/{set_name} goes on after step {start.step} from {start.path}{hint}")
-        steps = train_steps(base.model, base.bank, jobs, loss_fn, settings, base.tokenizer.pad_id)
-        self._follow(set_name, steps, jobs, logger, lambda done: self._save_checkpoint(base, jobs, checkpoints, done))
-        logger.close()
-        for job in jobs:
-            self._save(base, job, stage)
-            base.bank.remove(job.name)
+        return logger
 
-    def _follow(
-        self,
-        set_name: str,
-        steps: Iterator[StepReport],
-        jobs: Sequence[AdapterJob],
-        logger: Any,
-        save_checkpoint: Callable[[int], None],
-    ) -> None:
-        """Take the steps, show and log them, save checkpoints; stop between two steps when told to."""
-        rows: Counter[str] = Counter()
-        seconds: Counter[str] = Counter()
-        n_steps = sum(self.settings.n_steps(len(job.rows)) for job in jobs)
-        before = sum(job.steps_done for job in jobs)
-        with (
-            stop_requests() as stop,
-            tqdm(total=n_steps, initial=before, desc=f"train {set_name}", unit="step") as progress,
-            self._profiler() as profiler,
-        ):
-            for done, report in enumerate(steps, start=before + 1):
-                rows[report.adapter] += report.n_rows
-                seconds[report.adapter] += report.seconds  # type: ignore[assignment]
-                self._log(logger, report, done)
-                self._show(progress, report)
-                profiler.step()
-                if stop.signal_number is not None or (done < n_steps and self._checkpoint_is_due(jobs, done)):
-                    save_checkpoint(done)
-                if stop.signal_number is not None:
-                    raise Interrupted(stop.signal_number, self._what_is_kept(set_name, done, n_steps))
-        self._report(set_name, rows, seconds)
+    def _course(
+        self, plans: Sequence[AdapterPlan], places: Sequence[Place], jobs: Sequence[AdapterJob]
+    ) -> list[list[Progress]]:
+        """How far each team is, by adapter."""
+        mine = {job.name.rpartition("/")[2]: job.steps_done for job in jobs}
+        steps_done = ChainMap(*self.processes.gather(mine))
+        return [
+            [self._progress(len(plans[index].rows), steps_done[plans[index].adapter]) for index in place.adapters]
+            for place in places
+        ]
 
-    def _job(self, base: BaseModel, dataset: RatingDataset, set_name: str, plan: AdapterPlan) -> AdapterJob:
+    def _progress(self, n_rows: int, steps_done: int) -> Progress:
+        return Progress(steps_done, self.settings.n_steps(n_rows), self.settings.steps_per_epoch(n_rows))
+
+    def _job(self, base: BaseModel, dataset: RatingDataset, set_name: str, plan: AdapterPlan, team: Team) -> AdapterJob:
         name = f"{set_name}/{plan.adapter}"
-        adapter = base.bank.add_new(name, self.cfg.seed)
+        adapter = base.bank.add_new(name, self.cfg.seed, stream=team.index)
         optimizer = config.instantiate(
             self.cfg, "optimizer", list(adapter.masters.values()), default="torch.optim.AdamW", lr=3e-4
         )
@@ -254,41 +314,50 @@ class PersonaLoraRecipe:
         return job
 
     def _settle_sharing(self, base: BaseModel, jobs: Sequence[AdapterJob], loss_fn: Any) -> TrainingSettings:
-        """The settings, without shared prefixes if these turn out to give other gradients here."""
+        """The settings, without shared prefixes if these turn out to give other gradients in one of the processes."""
         if self.settings.prefix_sharing == "off":
             return self.settings
         check = check_first_group(base.model, base.bank, jobs, loss_fn, self.settings, base.tokenizer.pad_id)
-        if check.problem is None:
+        problems = [problem for problem in self.processes.gather(check.problem) if problem is not None]
+        if not problems:
             return self.settings
-        warnings.warn(f"{check.problem}; training goes on without sharing, at several times the cost", stacklevel=1)
+        if self.processes.is_first:
+            line = f"{problems[0]}; training goes on without sharing, at several times the cost"
+            warnings.warn(line, stacklevel=1)
         return replace(self.settings, prefix_sharing="off")
 
-    def _restore(self, base: BaseModel, jobs: Sequence[AdapterJob], start: Checkpoint) -> None:
+    def _restore(self, base: BaseModel, jobs: Sequence[AdapterJob], team: Team, start: Checkpoint) -> None:
         for job in jobs:
-            restore_job(base.bank, job, start.read(_part_name(job)))
-        restore_process(start.read("process_0"))
+            restore_job(base.bank, job, start.read(_part_name(job)), leads=team.leads)
+            if not team.leads:
+                base.bank[job.name].rng = start.read(_part_name(job, team.index))
+        if self._process_part in start.parts:  # a checkpoint of fewer processes has fewer of them
+            restore_process(start.read(self._process_part))
+
+    @property
+    def _process_part(self) -> str:
+        return f"process_{self.processes.rank}"
 
     def _save_checkpoint(
-        self, base: BaseModel, jobs: Sequence[AdapterJob], checkpoints: Checkpoints, done: int
+        self, base: BaseModel, jobs: Sequence[AdapterJob], team: Team, checkpoints: Checkpoints
     ) -> None:
         if not self.cfg.training.keep_last_n_checkpoints:
             return
-        adapters = [Part(_part_name(job), partial(job_state, base.bank, job), job.steps_done) for job in jobs]
-        checkpoints.save(done, [*adapters, Part("process_0", process_state)])
-
-    def _checkpoint_is_due(self, jobs: Sequence[AdapterJob], done: int) -> bool:
-        every = self.cfg.training.checkpoint_every_n_steps
-        if every is None:
-            return all(job.ends_epoch(self.settings) for job in jobs)
-        return bool(done % every == 0)
+        parts = [Part(self._process_part, process_state)]
+        for job in jobs:
+            if team.leads:
+                parts.append(Part(_part_name(job), partial(job_state, base.bank, job), job.steps_done))
+            else:
+                parts.append(Part(_part_name(job, team.index), partial(_stream_of, base, job), job.steps_done))
+        checkpoints.save(self._n_done(jobs, team), parts, self.processes)
 
     def _what_is_kept(self, set_name: str, done: int, n_steps: int) -> str:
-        where = f"adapters/{set_name} stopped after step {done} of {n_steps}"
+        what = f"adapters/{set_name} stopped after step {done} of {n_steps}"
         if not self.cfg.training.keep_last_n_checkpoints:
-            return f"{where}, without a checkpoint"
+            return f"{what}, without a checkpoint"
         if self.cfg.resume_from_checkpoint is False:
-            return f"{where}, its checkpoint is kept; leave out resume_from_checkpoint=false"
-        return f"{where}, its checkpoint is kept"
+            return f"{what}, its checkpoint is kept; leave out resume_from_checkpoint=false"
+        return f"{what}, its checkpoint is kept"
 
     def _base(self, name: str | None) -> BaseModel:
         if name not in self._bases:
@@ -299,6 +368,7 @@ class PersonaLoraRecipe:
                 dtype=self.cfg.dtype,
                 enable_activation_checkpointing=self.cfg.enable_activation_checkpointing,
                 compile=self.cfg.compile,
+                sharded=self.cfg.parallel == "fsdp" and self.processes.size > 1,
             )
         return self._bases[name]
 
@@ -308,9 +378,7 @@ class PersonaLoraRecipe:
             dataset = RatingDataset(self._base(base_name).tokenizer, self.source, self.samples, memories)
             self._datasets[key] = dataset
             if dataset.n_shortened:
-                print(
-                    f"persona_lora: {dataset.n_shortened} of {len(dataset)} prompts were shortened to fit the context"
-                )
+                self._say(f"{dataset.n_shortened} of {len(dataset)} prompts were shortened to fit the context")
         return self._datasets[key]
 
     def _profiler(self) -> Any:
@@ -318,22 +386,6 @@ class PersonaLoraRecipe:
             return training.DummyProfiler()
         profiler, _ = config.instantiate(self.cfg, "profiler")
         return profiler
-
-    def _log(self, logger: Any, report: StepReport, step: int) -> None:
-        if report.validation_loss is not None:
-            logger.log(f"validation_loss/{report.adapter}", report.validation_loss, step=step)
-        if step % self.cfg.log_every_n_steps:
-            return
-        metrics: dict[str, float] = {
-            f"loss/{report.adapter}": report.loss,
-            "lr": report.learning_rate,
-            "rows_per_second": report.n_rows / report.seconds,
-        }
-        if report.grad_norm is not None:
-            metrics["grad_norm"] = report.grad_norm
-        if self.cfg.log_peak_memory_stats and self.cfg.device != "cpu":
-            metrics.update(training.get_memory_stats(device=torch.device(self.cfg.device)))
-        logger.log_dict(metrics, step=step)
 
     def _save(self, base: BaseModel, job: AdapterJob, stage: Stage) -> None:
         folder = job.name.rpartition("/")[2]
@@ -354,33 +406,35 @@ class PersonaLoraRecipe:
             },
         )
 
-    @staticmethod
-    def _show(progress: Any, report: StepReport) -> None:
-        progress.update(1)
-        progress.set_postfix_str(f"{report.adapter} loss {report.loss:.3f}")
-        if report.validation_loss is not None:
-            progress.write(f"{report.adapter} epoch {report.epoch + 1}: validation loss {report.validation_loss:.4f}")
-
-    def _report(self, set_name: str, rows: Counter[str], seconds: Counter[str]) -> None:
-        if not seconds:  # resumed after the last step
-            return
-        each = ", ".join(f"{adapter.rpartition('/')[2]} {spent:.1f} s" for adapter, spent in seconds.items())
-        print(f"persona_lora: adapters/{set_name}: {rows.total() / seconds.total():.1f} rows/s; {each}")
+    def _say(self, text: str) -> None:
+        if self.processes.is_first:
+            print(f"persona_lora: {text}")
 
 
-def _part_name(job: AdapterJob) -> str:
-    return f"adapter_{job.name.rpartition('/')[2]}"
+def _stream_of(base: BaseModel, job: AdapterJob) -> dict[str, torch.Tensor]:
+    return base.bank[job.name].rng
 
 
-@config.parse
-def recipe_main(cfg: DictConfig) -> None:
+def _each_told_to(profiler: Any, steps: Iterator[StepReport]) -> Iterator[StepReport]:
+    for report in steps:
+        profiler.step()
+        yield report
+
+
+def _part_name(job: AdapterJob, stream: int = 0) -> str:
+    return f"adapter_{job.name.rpartition('/')[2]}" + (f"_stream_{stream}" if stream else "")
+
+
+@config.parse_in_processes
+def recipe_main(cfg: DictConfig, processes: Processes) -> None:
     """Train the adapters of every entry of ``adapter_sets``."""
     config.check_components(cfg, ["optimizer", "lr_scheduler", "loss", "metric_logger", "profiler"], optional=True)
+    take_own_device(cfg.device)
     if cfg.cudnn_deterministic_mode is not None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
         torch.set_deterministic_debug_mode(cfg.cudnn_deterministic_mode)
     with sigterm_in_a_line():
-        recipe = PersonaLoraRecipe(cfg)
+        recipe = PersonaLoraRecipe(cfg, processes)
         for name in cfg.adapter_sets:
             recipe.train_set(name)
 

@@ -2,6 +2,7 @@
 
 tune run persona_pipeline --config quickstart.yaml
 tune run persona_pipeline --config quickstart.yaml stages=[persona_prepare,persona_distill]
+tune run --nproc_per_node 8 persona_pipeline --config phi3_persona.yaml
 """
 
 import runpy
@@ -9,14 +10,17 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 from omegaconf import DictConfig
 
 from personas_tune import config
 from personas_tune.errors import ConfigError
+from personas_tune.processes import Processes, alone
 from personas_tune.workspace import MANIFEST
 
 STAGES = ("persona_prepare", "persona_distill", "persona_cluster", "persona_raft", "persona_lora", "persona_eval")
+STAGES_IN_PROCESSES = ("persona_lora", "persona_eval")
 
 
 def run_stage(name: str) -> int:
@@ -26,6 +30,18 @@ def run_stage(name: str) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
+
+
+def run_stage_in(processes: Processes, name: str) -> int:
+    """Run a recipe in all processes, or in the first one while the others wait."""
+    if name in STAGES_IN_PROCESSES or processes.size == 1:
+        return run_stage(name)
+
+    def run_alone() -> int:
+        with alone():
+            return run_stage(name)
+
+    return processes.from_first(run_alone)
 
 
 def print_artefacts(cfg: DictConfig) -> None:
@@ -44,8 +60,8 @@ def print_artefacts(cfg: DictConfig) -> None:
     print(f"\nNext, try: tune run persona_pipeline {command}")
 
 
-@config.parse
-def recipe_main(cfg: DictConfig) -> None:
+@config.parse_in_processes
+def recipe_main(cfg: DictConfig, processes: Processes) -> None:
     """Run the stages; stop at the first that fails, with its exit status."""
     stages = list(cfg.stages or STAGES)
     unknown = [stage for stage in stages if stage not in STAGES]
@@ -55,15 +71,21 @@ def recipe_main(cfg: DictConfig) -> None:
         stages = stages[: stages.index("persona_distill") + 1]  # there will be nothing for the others to go on with
     for number, stage in enumerate(stages, start=1):
         started = time.perf_counter()
-        print(f"[{number}/{len(stages)}] {stage}", flush=True)
-        status = run_stage(stage)
+        say(processes, f"[{number}/{len(stages)}] {stage}")
+        status = run_stage_in(processes, stage)
         if status != 0:
             said = "was interrupted" if status > 128 else "failed; mend what it says"
-            print(f"persona_pipeline: {stage} {said}; run the pipeline again to go on", file=sys.stderr)
+            say(processes, f"persona_pipeline: {stage} {said}; run the pipeline again to go on", sys.stderr)
             sys.exit(status)
-        print(f"[{number}/{len(stages)}] {stage}: {time.perf_counter() - started:.1f} s", flush=True)
-    if not cfg.distill.dry_run:
+        say(processes, f"[{number}/{len(stages)}] {stage}: {time.perf_counter() - started:.1f} s")
+    if not cfg.distill.dry_run and processes.is_first:
         print_artefacts(cfg)
+
+
+def say(processes: Processes, text: str, stream: TextIO | None = None) -> None:
+    """Print a line once, whatever the number of processes."""
+    if processes.is_first:
+        print(text, file=stream, flush=True)
 
 
 if __name__ == "__main__":

@@ -79,10 +79,15 @@ class AdapterBank:
             raise AdapterError(f"no adapter {name!r} in the bank", remedy=f"it holds {known}")
         return self._adapters[name]
 
-    def add_new(self, name: str, seed: int) -> Adapter:
+    def add_new(self, name: str, seed: int, *, stream: int = 0) -> Adapter:
         """Add an adapter with fresh weights, drawn as the model's own modules draw them.
 
         Weights and dropout depend on ``seed`` and ``name`` only, not on the adapters added before.
+
+        Args:
+            name: Its name in the bank.
+            seed: The experiment's seed.
+            stream: Processes that share an adapter's rows have the same weights, and each a dropout of its own.
         """
         with _forked_rng(self.device, stable_seed(seed, name)):
             for module in self._model.modules():
@@ -90,6 +95,8 @@ class AdapterBank:
                     module.initialize_parameters()
                 if isinstance(module, DoRALinear):
                     module.initialize_dora_magnitude()
+            if stream:
+                torch.manual_seed(stable_seed(seed, name, f"stream {stream}"))
             rng = _rng_state(self.device)
         weights = {name: weight.detach() for name, weight in self._working.items()}
         return self._add(name, weights, rng)

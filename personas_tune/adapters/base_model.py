@@ -17,6 +17,7 @@ from torchtune import training
 from torchtune.modules import MultiHeadAttention
 
 from personas_tune.adapters.bank import AdapterBank
+from personas_tune.adapters.sharding import on_first_process, place_adapters, shard
 from personas_tune.datasets.tokens import ChatTokenizer
 from personas_tune.errors import CheckpointError, ConfigError, MissingInputError, PersonasTuneError, raise_together
 
@@ -66,6 +67,7 @@ def load_base(
     dtype: str,
     enable_activation_checkpointing: bool = False,
     compile: bool = False,
+    sharded: bool = False,
 ) -> BaseModel:
     """Build a model with LoRA modules and load the base's weights into it.
 
@@ -77,9 +79,10 @@ def load_base(
         dtype: ``fp32`` or ``bf16``, of the base's weights and the forward pass.
         enable_activation_checkpointing: Recompute each layer in the backward pass: less memory, more time.
         compile: Compile each layer with ``torch.compile``.
+        sharded: Spread the base's weights over all processes, each of which calls this; the first one reads them.
 
     Raises:
-        ConfigError: If a component doesn't take its arguments, or the device isn't there.
+        ConfigError: If a component doesn't take its arguments, the device isn't there, or the model can't be sharded.
         MissingInputError: If checkpoint or tokenizer files aren't there; says how to get them.
         CheckpointError: If the checkpoint is damaged or doesn't fit the model.
     """
@@ -89,15 +92,20 @@ def load_base(
         torch_dtype = training.get_dtype(dtype, device=torch_device)
     except RuntimeError as error:
         raise ConfigError(_flat(error), where="dtype", remedy="set dtype=fp32") from error
-    with training.set_default_dtype(torch_dtype), torch_device:
+    with training.set_default_dtype(torch_dtype), torch.device("meta") if sharded else torch_device:
         network = _instantiate(model, "model")
+    if sharded:
+        place_adapters(network, torch_device)
     # The bank marks what is trainable before weights come in, so that none of the base is.
     bank = AdapterBank(network)
     if enable_activation_checkpointing:
         from torchtune.modules import TransformerSelfAttentionLayer
 
         training.set_activation_checkpointing(network, auto_wrap_policy={TransformerSelfAttentionLayer})
-    _load_weights(network, checkpointer)
+    if sharded:
+        _load_sharded(network, checkpointer, torch_device)
+    else:
+        _load_weights(network, checkpointer)
     chat = _load_tokenizer(tokenizer, network)
     if compile:
         training.compile_model(network, verbose=False)
@@ -204,7 +212,21 @@ def _find_device(name: str) -> torch.device:
 
 def _load_weights(network: nn.Module, checkpointer: Mapping[str, Any]) -> None:
     folder = _checkpoint_dir(checkpointer)
-    weights = _read_weights(checkpointer, folder)
+    _fill(network, _read_weights(checkpointer, folder), folder)
+
+
+def _load_sharded(network: nn.Module, checkpointer: Mapping[str, Any], device: torch.device) -> None:
+    folder = _checkpoint_dir(checkpointer)
+
+    def read() -> dict[str, Tensor]:
+        weights = _read_weights(checkpointer, folder)
+        _fill(network, {name: weight.to("meta") for name, weight in weights.items()}, folder)  # do they fit?
+        return weights
+
+    shard(network, on_first_process(read) or {}, device)
+
+
+def _fill(network: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
     try:
         missing, unexpected = network.load_state_dict(weights, strict=False)
     except RuntimeError as error:

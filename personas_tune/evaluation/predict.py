@@ -33,28 +33,30 @@ class Sampling:
 def predict_distributions(
     base: BaseModel,
     dataset: RatingDataset,
+    rows: Sequence[int],
     assignment: Mapping[str, str] | None,
     labels: Sequence[str],
     max_tokens: int,
     on_rows: Callable[[int], None],
 ) -> Probabilities:
-    """Each sample's distribution over the labels, shape ``(n_samples, n_labels)``.
+    """Distributions over the labels, shape ``(len(rows), n_labels)``.
 
     Args:
         base: The base, with the assigned adapters in its bank.
         dataset: The samples.
+        rows: Which of them, as indices.
         assignment: Adapter in the bank by user; None for the base alone.
         labels: The rating labels.
         max_tokens: Tokens in memory at once, about.
         on_rows: Called with the number of samples done since the last call.
     """
     answers = [base.tokenizer.answer_tokens(label) for label in labels]
-    p = np.empty((len(dataset), len(labels)))
-    for adapter, chosen in _by_adapter(dataset.samples, assignment):
+    p = np.empty((len(rows), len(labels)))
+    for adapter, chosen in _by_adapter(dataset.samples, rows, assignment):
         with _in_use(base, adapter):
             p[chosen] = label_probabilities(
                 base.model,
-                [dataset.rows[index].prompt for index in chosen],
+                [dataset.rows[rows[place]].prompt for place in chosen],
                 answers,
                 pad_id=base.tokenizer.pad_id,
                 max_tokens=max_tokens,
@@ -66,19 +68,20 @@ def predict_distributions(
 def predict_texts(
     base: BaseModel,
     dataset: RatingDataset,
+    rows: Sequence[int],
     assignment: Mapping[str, str] | None,
     sampling: Sampling,
     max_tokens: int,
     on_rows: Callable[[int], None],
 ) -> list[str]:
-    """What the agent says for each sample when it generates freely."""
-    texts = [""] * len(dataset)
-    for adapter, chosen in _by_adapter(dataset.samples, assignment):
+    """What the agent says for each of the rows when it generates freely; arguments as above."""
+    texts = [""] * len(rows)
+    for adapter, chosen in _by_adapter(dataset.samples, rows, assignment):
         with _in_use(base, adapter):
             answers = generate_answers(
                 base.model,
-                [dataset.rows[index].prompt for index in chosen],
-                [dataset.samples[index].name for index in chosen],
+                [dataset.rows[rows[place]].prompt for place in chosen],
+                [dataset.samples[rows[place]].name for place in chosen],
                 pad_id=base.tokenizer.pad_id,
                 stop_tokens=base.tokenizer.stop_tokens,
                 max_new_tokens=sampling.max_new_tokens,
@@ -88,9 +91,32 @@ def predict_texts(
                 seed=sampling.seed,
                 on_rows=on_rows,
             )
-        for index, answer in zip(chosen, answers, strict=True):
-            texts[index] = base.tokenizer.decode(answer)
+        for place, answer in zip(chosen, answers, strict=True):
+            texts[place] = base.tokenizer.decode(answer)
     return texts
+
+
+def share_of_rows(
+    samples: Sequence[Sample], assignment: Mapping[str, str] | None, part: int, n_parts: int
+) -> list[int]:
+    """The rows that one of several processes predicts: as many as the others', few adapters, whole users where it can.
+
+    Args:
+        samples: All test samples.
+        assignment: Adapter by user; None for the base alone.
+        part: Which process, from 0 on.
+        n_parts: How many there are.
+
+    Returns:
+        Indices of samples; those of all parts are each row once.
+    """
+
+    def neighbours(index: int) -> tuple[str, str]:
+        user = samples[index].user_id
+        return ("" if assignment is None else assignment[user], user)
+
+    order = sorted(range(len(samples)), key=neighbours)
+    return order[len(order) * part // n_parts : len(order) * (part + 1) // n_parts]
 
 
 def prediction_table(
@@ -124,11 +150,13 @@ def prediction_table(
     )
 
 
-def _by_adapter(samples: Sequence[Sample], assignment: Mapping[str, str] | None) -> list[tuple[str | None, list[int]]]:
-    """Sample indices by adapter; users of a set's training have one, others would be a bug."""
+def _by_adapter(
+    samples: Sequence[Sample], rows: Sequence[int], assignment: Mapping[str, str] | None
+) -> list[tuple[str | None, list[int]]]:
+    """Places in ``rows`` by adapter; users of a set's training have one, others would be a bug."""
     groups: dict[str | None, list[int]] = {}
-    for index, sample in enumerate(samples):
-        groups.setdefault(None if assignment is None else assignment[sample.user_id], []).append(index)
+    for place, index in enumerate(rows):
+        groups.setdefault(None if assignment is None else assignment[samples[index].user_id], []).append(place)
     return sorted(groups.items(), key=lambda entry: entry[0] or "")
 
 

@@ -5,17 +5,16 @@ a safetensors file with its tensors and a JSON file with the rest. The parts are
 ``step_<n>.tmp`` and synced to the disk, the folder is renamed, and ``complete.json`` is put into it
 last: what the training is made from, and the sha256 of every file and of that file itself.
 
-Several processes can share the work, on one file system: one of them calls
-:meth:`Checkpoints.begin`, each :meth:`Checkpoints.write` for its own parts, and when all are there,
-the first :meth:`Checkpoints.complete` with what the others' calls returned; the others then
-:meth:`Checkpoints.keep` what that returned.
+Several processes share the work, on one file system: each writes its own parts, and the first of them
+does what there is one of.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from personas_tune.errors import CheckpointError, MissingInputError
+from personas_tune.processes import Processes
 from personas_tune.training.state import flatten_state, unflatten_state
 
 MARKER = "complete.json"
@@ -45,6 +45,7 @@ class Origin:
         settings: What decides the adapters, the seed included, as plain JSON values without secrets.
         inputs: sha256 of the files read, by path.
         device: ``cpu`` or ``cuda``: each has random streams of its own.
+        shared: By adapter, how many processes share its rows, where it is more than one: so do they.
         key: The stage's, from the same settings and inputs (see :func:`~personas_tune.workspace.stage_key`).
     """
 
@@ -53,6 +54,7 @@ class Origin:
     inputs: Mapping[str, str]
     device: str
     key: str
+    shared: Mapping[str, int] = field(default_factory=dict)
 
     def differences_to(self, other: "Origin") -> list[str]:
         """In what this one differs from ``other``, in words; empty if they are the same."""
@@ -67,7 +69,8 @@ class Origin:
         return found or ([] if self.key == other.key else ["other files were read, or by another version"])
 
     def _named_values(self) -> dict[str, Any]:
-        return {**self.settings, "the set": self.adapter_set, "the device": self.device}
+        shared = {f"processes of adapter {name}": n for name, n in self.shared.items()}
+        return {**self.settings, "the set": self.adapter_set, "the device": self.device, **shared}
 
 
 @dataclass(frozen=True)
@@ -142,13 +145,6 @@ class Checkpoints:
     keep_last: int
     _kept: list[Checkpoint] = field(default_factory=list)
 
-    def begin(self, step: int) -> Path:
-        """Make the temporary folder of a checkpoint, empty."""
-        staging = self.folder / f"{_STEP}{step}{_TEMPORARY}"
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        return staging
-
     def write(self, staging: Path, part: Part) -> Written:
         """Write a part and sync it to the disk; one that the last checkpoint holds already is only linked.
 
@@ -181,9 +177,39 @@ class Checkpoints:
             _sync(staging / name)
         return Written(part.version, {name: _sha256(staging / name) for name in names})
 
-    def complete(self, step: int, parts: Mapping[str, Written]) -> Checkpoint:
+    def save(self, step: int, parts: Sequence[Part], processes: Processes | None = None) -> None:
+        """Write a whole checkpoint; every process calls it.
+
+        Args:
+            step: How many steps have been taken; a name for the checkpoint.
+            parts: Those of this process.
+            processes: All of them; None if this is the only one.
+        """
+        processes = processes or Processes()
+        with processes.held_by_first(lambda: self._staging(step)) as staging:
+            written = processes.gather({part.name: self.write(staging, part) for part in parts})
+            together = {name: part for of_process in written for name, part in of_process.items()}
+            checkpoint = processes.from_first(lambda: self._complete(step, staging, together))
+        self._kept = [*self._kept, checkpoint][-self.keep_last :]
+
+    def go_on_from(self, checkpoint: Checkpoint) -> None:
+        """Know of the checkpoint that was found, so that the next one can link what doesn't change."""
+        self._kept = [checkpoint]
+
+    @contextmanager
+    def _staging(self, step: int) -> Iterator[Path]:
+        """The temporary folder of a checkpoint, empty; what is left of it at the end is removed."""
+        staging = self.folder / f"{_STEP}{step}{_TEMPORARY}"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _complete(self, step: int, staging: Path, parts: Mapping[str, Written]) -> Checkpoint:
         """Put the temporary folder into its place, mark it complete, and drop what need not be kept."""
-        staging, path = self.folder / f"{_STEP}{step}{_TEMPORARY}", self.folder / f"{_STEP}{step}"
+        path = self.folder / f"{_STEP}{step}"
         _sync(staging)
         _drop(path)  # one of a run that was stopped before it was complete
         os.rename(staging, path)
@@ -191,23 +217,11 @@ class Checkpoints:
         _sync(self.folder.parent)
         checkpoint = Checkpoint(path, step, self.origin, running_versions(), parts)
         _write_marker(checkpoint)
-        self.keep(checkpoint)
+        kept = {each.path for each in [*self._kept, checkpoint][-self.keep_last :]}
         for other in _entries(self.folder):
-            if other not in {kept.path for kept in self._kept}:
+            if other not in kept:
                 _drop(other)
         return checkpoint
-
-    def keep(self, checkpoint: Checkpoint) -> None:
-        """Know of a checkpoint, so that the next one can link what doesn't change."""
-        self._kept = [*self._kept, checkpoint][-self.keep_last :]
-
-    def save(self, step: int, parts: list[Part]) -> None:
-        """Write a whole checkpoint from one process."""
-        staging = self.begin(step)
-        try:
-            self.complete(step, {part.name: self.write(staging, part) for part in parts})
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)  # it is there only if something went wrong
 
     def find(self, wanted: bool | str | None) -> tuple[Checkpoint | None, str]:
         """The checkpoint that a run goes on from, its files compared with their sha256.
@@ -245,7 +259,6 @@ class Checkpoints:
                 remedy=f"go back to its settings, or {_START_ANEW}",
             )
         found.check_files()
-        self._kept = [found]
         running = running_versions()
         others = [f"{name} {was}" for name, was in found.versions.items() if was != running.get(name)]
         return found, f"it was written with {', '.join(others)}: last digits may differ" if others else ""

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from personas_tune.adapters.bank import AdapterBank
+from personas_tune.adapters.bank import Adapter, AdapterBank
+from personas_tune.adapters.sharding import in_lockstep
 from personas_tune.datasets.tokens import TokenRow
 from personas_tune.errors import AdapterError, ConfigError
 from personas_tune.training.batches import plain_batch
@@ -20,6 +21,7 @@ from personas_tune.training.order import epoch_order
 from personas_tune.training.schedule import move_training_state, next_in_turn
 from personas_tune.training.self_check import SharingCheck, check_sharing
 from personas_tune.training.shared_prefix import backward_rows
+from personas_tune.training.teams import Team
 
 Row = TypeVar("Row")
 
@@ -167,6 +169,7 @@ def train_steps(
     loss_fn: nn.Module,
     settings: TrainingSettings,
     pad_id: int,
+    team: Team | None = None,
 ) -> Iterator[StepReport]:
     """Train every adapter from where its job stands to the end, a report per optimizer step.
 
@@ -179,10 +182,12 @@ def train_steps(
         loss_fn: A torchtune or torch loss.
         settings: The same for all adapters.
         pad_id: Token that fills up short rows.
+        team: The processes that train these adapters together; None for this one alone.
 
     Raises:
         AdapterError: If a loss isn't finite; nothing of that step is kept.
     """
+    team = team or Team()
     largest_first = _largest_first(jobs)
     n_steps = [settings.n_steps(len(job.rows)) for job in largest_first]
     at_work: AdapterJob | None = None
@@ -194,9 +199,9 @@ def train_steps(
         if settings.offload_waiting and job is not at_work:
             _take_turns(bank, at_work, job)
             at_work = job
-        report = _train_step(model, bank, job, loss_fn, settings, pad_id)
+        report = _train_step(model, bank, job, loss_fn, settings, pad_id, team)
         if job.validation_rows and job.ends_epoch(settings):
-            loss = validation_loss(model, bank, job, loss_fn, settings.batch_size, pad_id)
+            loss = validation_loss(model, bank, job, loss_fn, settings.batch_size, pad_id, team)
             job.validation_losses.append(loss)
             report = replace(report, validation_loss=loss)
         yield report
@@ -249,59 +254,78 @@ def _train_step(
     loss_fn: nn.Module,
     settings: TrainingSettings,
     pad_id: int,
+    team: Team,
 ) -> StepReport:
     """Take one optimizer step.
 
-    Its loss is the mean over the answer tokens of all its rows, however they are cut into forward passes.
+    Its loss is the mean over the answer tokens of all its rows, however they are cut into forward passes
+    and shared out among processes.
     The optimizer steps within the adapter's own random stream, too: some round at random.
     """
     started = time.perf_counter()
     epoch, chosen = job.next_rows(settings)
     n_tokens = sum(len(job.rows[index].answer) for index in chosen)
+    mine = team.share(chosen)
     model.train()
     with bank.use(job.name) as adapter:
         total = backward_rows(
             model,
-            [job.rows[index] for index in chosen],
-            [job.prefixes[index] for index in chosen],
+            [job.rows[index] for index in mine],
+            [job.prefixes[index] for index in mine],
             loss_fn,
             pad_id=pad_id,
             sharing=settings.prefix_sharing,
             branches_per_pass=settings.batch_size,
             on_gradients=lambda: bank.take_gradients(1 / n_tokens),
+            agree=team.agree,
         )
-        loss = total / n_tokens
+        loss = team.add_up(adapter.masters.values(), total) / n_tokens
         if not math.isfinite(loss):
             job.optimizer.zero_grad(set_to_none=True)
             raise AdapterError(
                 f"loss is {loss} at step {job.steps_done + 1}", where=f"adapter {job.name}", remedy="lower optimizer.lr"
             )
-        grad_norm = None
-        if settings.clip_grad_norm is not None:
-            grad_norm = float(nn.utils.clip_grad_norm_(adapter.masters.values(), settings.clip_grad_norm))
-        learning_rate = float(job.optimizer.param_groups[0]["lr"])
-        job.optimizer.step()
+        learning_rate, grad_norm = _optimize(job, adapter, settings) if team.leads else (0.0, None)
+        team.spread(adapter.masters.values())
     job.optimizer.zero_grad(set_to_none=True)
-    if job.lr_scheduler is not None:
-        job.lr_scheduler.step()
     job.steps_done += 1
     seconds = time.perf_counter() - started
     return StepReport(job.name, job.steps_done, epoch, len(chosen), loss, learning_rate, grad_norm, seconds)
 
 
+def _optimize(job: AdapterJob, adapter: Adapter, settings: TrainingSettings) -> tuple[float, float | None]:
+    """Let the optimizer and the schedule take a step; gives its learning rate, and the gradients' norm if clipped."""
+    grad_norm = None
+    if settings.clip_grad_norm is not None:
+        grad_norm = float(nn.utils.clip_grad_norm_(adapter.masters.values(), settings.clip_grad_norm))
+    learning_rate = float(job.optimizer.param_groups[0]["lr"])
+    job.optimizer.step()
+    if job.lr_scheduler is not None:
+        job.lr_scheduler.step()
+    return learning_rate, grad_norm
+
+
 @torch.no_grad()
 def validation_loss(
-    model: nn.Module, bank: AdapterBank, job: AdapterJob, loss_fn: nn.Module, batch_size: int, pad_id: int
+    model: nn.Module,
+    bank: AdapterBank,
+    job: AdapterJob,
+    loss_fn: nn.Module,
+    batch_size: int,
+    pad_id: int,
+    team: Team | None = None,
 ) -> float:
     """Mean loss per answer token on the job's validation rows, dropout off."""
+    team = team or Team()
     model.eval()
     total, n_tokens = 0.0, 0
-    with bank.use(job.name):
-        for rows in _chunks(job.validation_rows, batch_size):
+    with bank.use(job.name), in_lockstep(model):
+        for rows in _chunks(team.share(job.validation_rows), batch_size):
             batch = plain_batch(rows, pad_id).to(bank.device)
             total += answer_loss(loss_fn, answer_logits(model, batch), batch.targets).item() * len(batch.targets)
             n_tokens += len(batch.targets)
-    return total / n_tokens
+    total, n_all = team.sums([total, n_tokens])
+    return total / n_all
 
 
 def _chunks(rows: Sequence[Row], size: int) -> Iterable[Sequence[Row]]:

@@ -31,8 +31,15 @@ def job_state(bank: AdapterBank, job: AdapterJob) -> dict[str, Any]:
     }
 
 
-def restore_job(bank: AdapterBank, job: AdapterJob, state: Mapping[str, Any]) -> None:
-    """Put a job and its adapter into the state that :func:`job_state` gave."""
+def restore_job(bank: AdapterBank, job: AdapterJob, state: Mapping[str, Any], *, leads: bool = True) -> None:
+    """Put a job and its adapter into the state that :func:`job_state` gave.
+
+    Args:
+        bank: Holds the adapter.
+        job: Its job.
+        state: From :func:`job_state`.
+        leads: Whether this process takes the optimizer's steps; if another one does, it needs no optimizer state.
+    """
     adapter = bank[job.name]
     waits_on = next(iter(adapter.masters.values())).device
     # An optimizer puts its state where the weights lie, and counts of steps stay there.
@@ -41,8 +48,9 @@ def restore_job(bank: AdapterBank, job: AdapterJob, state: Mapping[str, Any]) ->
         for name, weight in adapter.masters.items():
             weight.copy_(state["weights"][name])
     adapter.rng = dict(state["rng"])
-    _load_optimizer(job, state["optimizer"])
-    if job.lr_scheduler is not None:
+    if leads:
+        _load_optimizer(job, state["optimizer"])
+    if leads and job.lr_scheduler is not None:
         job.lr_scheduler.load_state_dict(state["lr_scheduler"])
     job.steps_done = state["steps_done"]
     job.validation_losses = list(state["validation_losses"])

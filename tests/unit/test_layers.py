@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "addresses": set(),
     "schema": set(),
     "workspace": {"personas_tune", "errors"},
-    "config": {"errors", "addresses", "schema"},
+    "processes": {"errors"},
+    "config": {"errors", "addresses", "schema", "processes"},
     "llm": {"errors", "workspace"},
     "embedding": {"errors", "addresses", "workspace", "llm"},
     "interactions": {"errors", "workspace"},
@@ -30,14 +31,14 @@ MAY_IMPORT = {
     "prompts": {"errors", "schema", "workspace"},
     "datasets": {"errors", "schema", "workspace", "prompts", "retrieval"},
     "adapters": {"errors", "schema", "workspace", "prompts", "datasets"},
-    "training": {"errors", "schema", "workspace", "prompts", "datasets", "adapters"},
+    "training": {"errors", "schema", "workspace", "processes", "prompts", "datasets", "adapters"},
     "evaluation": {"errors", "schema", "workspace", "prompts", "datasets", "adapters", "training"},
     "doctor": {"errors", "schema", "workspace", "config", "llm", "adapters"},
     "cli": {"personas_tune", "errors", "workspace", "config", "memory", "doctor"},
 }
 PARTS_WITHOUT_TORCH = ("llm", "embedding", "interactions", "memory", "personas", "retrieval", "prompts")
 MODULES_WITHOUT_TORCH = (
-    "errors", "schema", "workspace", "config", "cli", "doctor",
+    "errors", "schema", "workspace", "processes", "config", "cli", "doctor",
     "evaluation.metrics", "evaluation.intervals", "evaluation.baselines", "evaluation.factorisation",
     "evaluation.prompt_numbers", "evaluation.table",
 )  # fmt: skip

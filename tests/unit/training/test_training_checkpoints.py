@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from several import in_threads
 from small_training import N_STEPS, SETTINGS, small_model, small_training
 from test_training_state import assert_same
 
@@ -161,6 +162,7 @@ def test_without_hard_links_everything_is_written(tmp_path, monkeypatch):
 def test_a_resumed_training_keeps_the_one_that_it_came_from(folder):
     checkpoints = Checkpoints(folder, ORIGIN, 2)
     found, _ = checkpoints.find(True)
+    checkpoints.go_on_from(found)
     training = resumed(found)
     next(iter(training.steps()))
     checkpoints.save(5, parts_of(training))
@@ -170,15 +172,19 @@ def test_a_resumed_training_keeps_the_one_that_it_came_from(folder):
 def test_several_processes_each_write_their_own_parts(tmp_path, unbroken):
     training = small_training()
     list(islice(training.steps(), 9))
-    first, second = (Checkpoints(tmp_path / "c", ORIGIN, 2) for _ in range(2))
-    staging = first.begin(9)
     zero, one, process = parts_of(training)
-    written = {part.name: second.write(staging, part) for part in (one, replace(process, name="process_1"))}
-    written |= {part.name: first.write(staging, part) for part in (zero, process)}
-    complete = first.complete(9, written)
-    second.keep(complete)
-    assert complete.parts.keys() == {"adapter_0", "adapter_1", "process_0", "process_1"}
-    assert second.write(second.begin(10), one) is complete.parts["adapter_1"]  # linked
+    shares = [[zero, process], [one, replace(process, name="process_1")]]
+
+    def save(processes):
+        checkpoints = Checkpoints(tmp_path / "c", ORIGIN, 2)
+        checkpoints.save(9, shares[processes.rank], processes)
+        checkpoints.save(10, shares[processes.rank], processes)
+
+    in_threads(save, 2)
+    ninth, tenth = (read_checkpoint(tmp_path / "c" / f"step_{step}") for step in (9, 10))
+    assert ninth.parts.keys() == {"adapter_0", "adapter_1", "process_0", "process_1"}
+    assert tenth.parts["adapter_1"] == ninth.parts["adapter_1"]
+    assert (tenth.path / "adapter_1.safetensors").stat().st_nlink == 2  # linked
     found, _ = Checkpoints(tmp_path / "c", ORIGIN, 2).find("last")
     assert_same(resumed(found).to_the_end(), unbroken)
 
@@ -226,11 +232,9 @@ def test_without_a_word_one_of_another_training_is_passed_over_and_said(folder):
 
 
 def test_one_of_this_training_is_found_behind_one_of_another(folder):
-    other = Checkpoints(folder, origin(device="cuda"), 1)
-    staging = other.begin(7)
-    other.keep_last = 9
+    other = Checkpoints(folder, origin(device="cuda"), 9)
     other._kept = [read_checkpoint(folder / f"step_{step}") for step in (3, 4)]
-    other.complete(7, {"process_0": other.write(staging, Part("process_0", process_state))})
+    other.save(7, [Part("process_0", process_state)])
     found, _ = Checkpoints(folder, ORIGIN, 2).find(True)
     assert found.path.name == "step_4"
 
