@@ -185,6 +185,7 @@ def joined() -> Iterator[Processes]:
     if _current is not None:
         with _current.one_speaks():
             yield _current
+            _current.gather(None)  # what comes next may read what the first has written last
         return
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Processes()
@@ -193,7 +194,7 @@ def joined() -> Iterator[Processes]:
     try:
         with _current.one_speaks():
             yield _current
-        _leave(_current)
+            _leave(_current)
     finally:
         _current = None
 

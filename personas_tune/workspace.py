@@ -5,6 +5,7 @@ beside it and moved into place together when the stage has succeeded, ``manifest
 a folder with a manifest is complete and a failed run leaves nothing behind.
 """
 
+import fcntl
 import functools
 import hashlib
 import json
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from errno import ENOSPC, ENOTDIR
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from personas_tune import __version__
 from personas_tune.errors import ConfigError, DataError, MissingInputError, PersonasTuneError, raise_together
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MANIFEST = "manifest.json"
+_LOCK = ".lock"  # in the folder in which a stage is written
 
 # Columns that never change name or meaning; a file may have more.
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -385,16 +387,20 @@ def open_stage(
     """
     input_hashes = sha256_of_inputs(inputs)
     key = stage_key({**settings, "seed": seed}, input_hashes)
-    staging = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    staging = folder.parent / f".{folder.name}.tmp"
     stage = Stage(folder, is_current(folder, key), staging)
     if stage.is_current:
         yield stage
         return
     made = [parent for parent in staging.parents if not parent.exists()]
     try:
-        staging.mkdir(parents=True, exist_ok=True)
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(ENOTDIR, "it is a file", str(folder))
+        lock = _claim(staging)
+    except BlockingIOError as error:
+        raise ConfigError(
+            "another run is writing it", where=str(folder), remedy="wait for that one, or set another output_dir"
+        ) from error
     except OSError as error:
         _clear_away(staging, made)
         raise ConfigError(
@@ -420,6 +426,35 @@ def open_stage(
         ) from error
     finally:
         _clear_away(staging, made)
+        lock.close()
+
+
+def _claim(staging: Path) -> IO[bytes]:
+    """Make a staging folder that no other run has, empty of what a killed run left; its lock is held until closed.
+
+    Raises:
+        BlockingIOError: If another run has it.
+        OSError: If it can't be made.
+    """
+    staging.mkdir(parents=True, exist_ok=True)
+    lock = (staging / _LOCK).open("ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is_there(lock, staging / _LOCK):  # the other run has just ended, and removed it
+            return _claim(staging)
+    except OSError:
+        lock.close()
+        raise
+    for left in staging.iterdir():
+        if left.is_dir():
+            shutil.rmtree(left)
+        elif left.name != _LOCK:
+            left.unlink()
+    return lock
+
+
+def _is_there(opened: IO[bytes], path: Path) -> bool:
+    return path.exists() and os.path.samestat(os.fstat(opened.fileno()), path.stat())
 
 
 def _clear_away(staging: Path, made: Sequence[Path]) -> None:

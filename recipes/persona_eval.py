@@ -19,7 +19,13 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from personas_tune import config
-from personas_tune.adapters.base_model import BaseModel, checkpoint_inputs, load_base, missing_base_files
+from personas_tune.adapters.base_model import (
+    BaseModel,
+    checkpoint_inputs,
+    is_too_large,
+    load_base,
+    missing_base_files,
+)
 from personas_tune.adapters.selection import load_adapter_set
 from personas_tune.adapters.sharding import in_lockstep
 from personas_tune.datasets import RatingDataset, RatingSource
@@ -141,7 +147,7 @@ class PersonaEvalRecipe:
             **config.base_sections(self.cfg, base_name),
             device=self.cfg.device,
             dtype=self.cfg.dtype,
-            sharded=self.cfg.parallel == "fsdp" and self.processes.size > 1,
+            sharded=self._is_sharded(base_name),
         )
         agents = {name: agent for name, agent in self.cfg.agents.items() if self._base_of(agent) == base_name}
         for agent in {agent.adapters: agent for agent in agents.values()}.values():
@@ -152,6 +158,13 @@ class PersonaEvalRecipe:
             if self.processes.is_first:
                 stage.write_table(f"predictions_{name}.parquet", tables[name])
         return tables
+
+    def _is_sharded(self, base: str | None) -> bool:
+        """Whether the processes hold a part of the base each: ``auto`` is ``fsdp`` for one too large for a GPU."""
+        if self.processes.size == 1 or self.cfg.parallel not in ("auto", "fsdp"):
+            return False
+        model = config.base_sections(self.cfg, base)["model"]
+        return self.cfg.parallel == "fsdp" or is_too_large(model, self.cfg.device, self.cfg.dtype)
 
     def _predict_agent(self, name: str, agent: DictConfig, base: BaseModel) -> pa.Table:
         dataset = RatingDataset(base.tokenizer, self.source, self.samples, self._memories_of(agent))

@@ -28,6 +28,7 @@ from personas_tune.adapters.base_model import (
     TOKENIZER_FILES,
     BaseModel,
     checkpoint_inputs,
+    is_too_large,
     load_base,
     missing_base_files,
 )
@@ -127,7 +128,9 @@ class PersonaLoraRecipe:
             validation_share=self.cfg.validation_share,
             seed=self.cfg.seed,
         )
-        places = place_adapters([len(plan.rows) for plan in plans], self.processes.size, self.cfg.parallel)
+        places = place_adapters(
+            [len(plan.rows) for plan in plans], self.processes.size, self._parallel(adapter_set.base)
+        )
         checkpoints = self._checkpoints(name, settings, inputs, plans, places)
         opened = partial(open_stage, self.workspace.adapter_set(name), settings, inputs, seed=self.cfg.seed)
         with self.processes.held_by_first(opened) as stage:
@@ -359,6 +362,13 @@ class PersonaLoraRecipe:
             return f"{what}, its checkpoint is kept; leave out resume_from_checkpoint=false"
         return f"{what}, its checkpoint is kept"
 
+    def _parallel(self, base: str | None) -> str:
+        """How the processes share the work on a base: ``auto`` is ``fsdp`` for one that is too large for a GPU."""
+        if self.cfg.parallel != "auto" or self.processes.size == 1:
+            return str(self.cfg.parallel)
+        model = config.base_sections(self.cfg, base)["model"]
+        return "fsdp" if is_too_large(model, self.cfg.device, self.cfg.dtype) else "auto"
+
     def _base(self, name: str | None) -> BaseModel:
         if name not in self._bases:
             self._bases.clear()  # one base in memory at a time
@@ -368,7 +378,7 @@ class PersonaLoraRecipe:
                 dtype=self.cfg.dtype,
                 enable_activation_checkpointing=self.cfg.enable_activation_checkpointing,
                 compile=self.cfg.compile,
-                sharded=self.cfg.parallel == "fsdp" and self.processes.size > 1,
+                sharded=self._parallel(name) == "fsdp" and self.processes.size > 1,
             )
         return self._bases[name]
 

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import config as torchtune_config
 from torchtune import training
 from torchtune.modules import MultiHeadAttention
+from torchtune.modules.peft import get_adapter_params
 
 from personas_tune.adapters.bank import AdapterBank
-from personas_tune.adapters.sharding import on_first_process, place_adapters, shard
+from personas_tune.adapters.sharding import make_room_for_adapters, on_first_process, shard
 from personas_tune.datasets.tokens import ChatTokenizer
 from personas_tune.errors import CheckpointError, ConfigError, MissingInputError, PersonasTuneError, raise_together
 
@@ -29,6 +31,9 @@ HUB_NAMES = {
     "llama3_2_3b": "meta-llama/Llama-3.2-3B-Instruct",
     "qwen2_5_0_5b": "Qwen/Qwen2.5-0.5B-Instruct",
 }
+
+# Of a GPU's memory, for a base that is to leave room for adapters and activations.
+LARGEST_SHARE = 0.7
 
 # What of a torchtune tokenizer's arguments names a file.
 TOKENIZER_FILES = ("path", "special_tokens_path", "merges_file")
@@ -95,7 +100,7 @@ def load_base(
     with training.set_default_dtype(torch_dtype), torch.device("meta") if sharded else torch_device:
         network = _instantiate(model, "model")
     if sharded:
-        place_adapters(network, torch_device)
+        make_room_for_adapters(network, torch_device)
     # The bank marks what is trainable before weights come in, so that none of the base is.
     bank = AdapterBank(network)
     if enable_activation_checkpointing:
@@ -116,6 +121,30 @@ def load_base(
         model_type=str(checkpointer.get("model_type", "")),
         checkpoint_dir=Path(checkpointer["checkpoint_dir"]),
     )
+
+
+def is_too_large(model: Mapping[str, Any], device: str, dtype: str) -> bool:
+    """Whether a base's weights would fill most of this process's GPU; on a CPU none does.
+
+    Raises:
+        ConfigError: If the model builder doesn't take its arguments.
+    """
+    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+        return False
+    room = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return size_of_base(model, dtype) > LARGEST_SHARE * room
+
+
+def size_of_base(model: Mapping[str, Any], dtype: str) -> int:
+    """Bytes of a base's weights on a device; nothing is loaded."""
+    with training.set_default_dtype(training.get_dtype(dtype, device=torch.device("cpu"))), torch.device("meta"):
+        network = _instantiate(model, "model")
+    adapters = get_adapter_params(network)
+    return sum(_n_bytes(weight) for name, weight in network.named_parameters() if name not in adapters)
+
+
+def _n_bytes(weight: Tensor) -> int:
+    return weight.numel() // 2 if isinstance(weight, NF4Tensor) else weight.numel() * weight.element_size()
 
 
 def missing_base_files(

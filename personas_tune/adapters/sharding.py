@@ -83,7 +83,7 @@ def on_first_process(work: Callable[[], T]) -> T | None:
     return result
 
 
-def place_adapters(network: nn.Module, device: torch.device) -> None:
+def make_room_for_adapters(network: nn.Module, device: torch.device) -> None:
     """Give the adapters of a network on the meta device room on a real one; their values are arbitrary yet."""
     for module in network.modules():
         if isinstance(module, LoRALinear | DoRALinear):

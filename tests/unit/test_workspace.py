@@ -91,6 +91,26 @@ def test_nothing_is_in_place_before_the_stage_ends(tmp_path, source):
     assert sorted(path.name for path in folder.parent.iterdir()) == ["data"]
 
 
+def test_a_second_run_is_kept_out_while_the_first_writes(tmp_path, source):
+    folder = tmp_path / "run" / "data"
+    with open_stage(folder, SETTINGS, [source]) as stage:
+        stage.write_text("a.txt", "first")
+        with pytest.raises(ConfigError, match=r"run/data: another run is writing it; wait for that one, or set"):
+            run_stage(folder, [source])
+    assert (folder / "a.txt").read_text() == "first"
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path, source):
+    folder = tmp_path / "run" / "data"
+    left = folder.parent / ".data.tmp" / "deep" / "left.bin"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    with open_stage(folder, SETTINGS, [source]) as stage:
+        assert not left.parent.exists()
+        stage.write_text("a.txt", "a")
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["data"]
+
+
 def test_the_manifest_comes_last_so_that_half_a_move_is_no_finished_stage(tmp_path, source, monkeypatch):
     folder = tmp_path / "run" / "data"
     run_stage(folder, [source])

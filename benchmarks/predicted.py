@@ -1,0 +1,109 @@
+"""What training should cost, by counting: floating point operations, bytes, seconds.
+
+    python benchmarks/predicted.py                                       # Phi-3-Mini, rank 256 on q and k, on A100s
+    python benchmarks/predicted.py --tflops 400 --gpus 1                 # another GPU
+    python benchmarks/predicted.py --dim 512 --layers 6 --ffn 1344 --vocab 32064 --rank 32   # a small model's ratios
+
+Counted: frozen weights run forward, and backward for the activations' gradients only; LoRA forward and twice that
+backward; attention (4 x width x keys a query and layer) forward and 2.5 times that backward; the output layer at answer
+tokens. `--tflops` is what a GPU really does of its peak: 140 of an A100's 312 in bf16 is what torchtune's own table of
+its eager runs comes to (44%). `share` is the speed-up over separate rows, beside the ratio of tokens alone.
+
+Bytes: the base in bf16; per adapter of a GPU 12 bytes a weight (fp32 master, AdamW's two moments), and 8 more for the
+one at work (a bf16 copy and its gradient, an fp32 gradient); keys and values of a prefix, and their gradients; and what
+autograd keeps of a pass of branches and the prefix that they continue: 115 kB a token and layer at width 3072, or, with
+recomputing, the layers' inputs and one layer's share.
+Nothing here is measured, but `share` can be held against benchmarks/shared_prefix.py on the shape that it runs.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+KEPT_PER_WIDTH = 18.7  # bf16 numbers that autograd keeps for a token and layer, by width: 115 kB at 3072
+
+
+@dataclass(frozen=True)
+class Shape:
+    dim: int
+    layers: int
+    ffn: int
+    vocab: int
+    rank: int
+
+    @property
+    def frozen(self) -> int:
+        """Weights in the layers."""
+        return self.layers * (4 * self.dim**2 + 3 * self.dim * self.ffn)
+
+    @property
+    def adapter(self) -> int:
+        """Weights of LoRA on q and k."""
+        return self.layers * 2 * 2 * self.dim * self.rank
+
+    def flops(self, n_tokens: float, keys: float, *, recompute: bool) -> float:
+        """Forward and backward of ``n_tokens`` that attend to ``keys`` each, without the output layer."""
+        linear, lora, attention = 2 * self.frozen, 2 * self.adapter, 4 * self.dim * keys * self.layers
+        without_gradient = 2 * 3 * self.dim**2  # q, k and v of the first layer: nothing before them is trained
+        backward = linear - without_gradient + 2 * lora + 2.5 * attention
+        return n_tokens * (linear + lora + attention + backward + recompute * (linear + lora + attention))
+
+    def head_flops(self, n_answers: int) -> float:
+        return 2 * 2 * self.dim * self.vocab * n_answers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in (("dim", 3072), ("layers", 32), ("ffn", 8192), ("vocab", 32064), ("rank", 256)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--prefix", type=int, default=600)
+    parser.add_argument("--branch", type=int, nargs="+", default=[150, 200])
+    parser.add_argument("--rows-per-user", type=int, nargs="+", default=[1, 4, 8, 16, 32])
+    parser.add_argument("--batch-size", type=int, default=2, help="branches of one pass")
+    parser.add_argument("--tflops", type=float, default=140)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--personas", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=22488, help="of the whole training: the paper's 11,244, twice")
+    args = parser.parse_args()
+    shape = Shape(args.dim, args.layers, args.ffn, args.vocab, args.rank)
+    heads = "".join(f"{f'minutes, {n} GPUs':>17}{'GB each':>9}" for n in args.gpus)
+    print(f"recompute  branch  rows per user  rows/s a GPU  share  tokens{heads}")
+    for recompute in (True, False):
+        for branch in args.branch:
+            for n in args.rows_per_user:
+                print(line(args, shape, branch, n, recompute))
+
+
+def line(args: argparse.Namespace, shape: Shape, branch: int, n: int, recompute: bool) -> str:
+    cost = row_cost(shape, args.prefix, branch, n, recompute)
+    plain = row_cost(shape, args.prefix, branch, 1, recompute)
+    tokens = n * (args.prefix + branch) / (args.prefix + n * branch)
+    rate = args.tflops * 1e12 / cost
+    gpus = ""
+    for n_gpus in args.gpus:
+        adapters = max(1, -(-args.personas // n_gpus))
+        gigabytes = memory(shape, args.prefix, branch, min(n, args.batch_size), adapters, recompute) / 1e9
+        gpus += f"{args.rows / rate / n_gpus / 60:17.1f}{gigabytes:9.1f}"
+    kind = "yes" if recompute else "no"
+    return f"{kind:>9}{branch:8}{n:15}{rate:14.1f}{plain / cost:7.2f}{tokens:8.2f}{gpus}"
+
+
+def row_cost(shape: Shape, prefix: int, branch: int, n: int, recompute: bool) -> float:
+    """Operations of a row, of which ``n`` share a prefix."""
+    of_prefix = shape.flops(prefix, prefix / 2, recompute=recompute)
+    of_branch = shape.flops(branch, prefix + branch / 2, recompute=recompute)
+    return of_prefix / n + of_branch + shape.head_flops(2)
+
+
+def memory(shape: Shape, prefix: int, branch: int, n_branches: int, n_adapters: int, recompute: bool) -> float:
+    base = 2 * (shape.frozen + 2 * shape.vocab * shape.dim)
+    adapters = shape.adapter * (12 * n_adapters + 8)
+    n_tokens = prefix + n_branches * branch
+    kept = 2 * KEPT_PER_WIDTH * shape.dim * n_tokens
+    keys_and_values = 2 * 2 * 2 * shape.dim * prefix * shape.layers  # and their gradients
+    if recompute:
+        return base + adapters + keys_and_values + 2 * shape.dim * n_tokens * shape.layers + kept
+    return base + adapters + keys_and_values + kept * shape.layers
+
+
+if __name__ == "__main__":
+    main()
