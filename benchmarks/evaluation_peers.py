@@ -1,4 +1,4 @@
-"""Evaluation beside a forward per row, transformers' generate and torchtune's generate, on the same prompts.
+r"""Evaluation beside a forward per row, transformers' generate and torchtune's generate, on the same prompts.
 
     OMP_NUM_THREADS=1 python benchmarks/evaluation_peers.py
     OMP_NUM_THREADS=1 python benchmarks/evaluation_peers.py --branch 150 200 --rows 4 8 16 32
@@ -8,20 +8,21 @@
 A Phi-3 of random weights with a LoRA adapter on q and k. Each user has N prompts that begin with the same 600
 tokens, about, and go on with 150 or 200 of their own; lengths differ by up to a tenth. Five rating labels of a token
 and the end of turn each; up to 4 new tokens where text is generated, at temperature 0.3 and top_k 50.
-    expected                 label_probabilities: the users' prompts share their prefixes
-    generate                 generate_answers: so, too
+    expected                 label_probabilities: a user's prompts share their prefix
+    generate                 generate_answers: theirs do too
     row, expected            the same probabilities, each prompt run whole, once for all labels
     row, first token         less than that: logits after the prompt only, which can't tell "4" from "4.5"
     transformers generate    Phi3ForCausalLM, adapter merged, sdpa, left padding, KV cache
-    torchtune generate       phi3, adapter merged, left padding, KV cache as long as the batch needs, as in torchtune's
-                             recipes; it always makes logits for all of the prompt
+    torchtune generate       phi3, adapter merged, left padding, KV cache as long as the batch needs, as in its generate
+                             recipe (its eval recipe takes the model's longest); it makes logits for all of the prompt
 Prompts are sorted by length before they are batched, output layers run at the answers only where a peer lets them.
 Each way runs at the setting (batch size, or tokens of a pass) that suits it best, then all take turns. Before that, in
 fp32: probabilities equal those of rows run whole and those of torchtune's model label by label, logits equal those
 of transformers, greedy answers are the same tokens. Otherwise the exit status is 1.
+In bf16 it is shown once more, with wider limits and without the tokens.
 
-`tokens` is N(P+L) / (P+NL+...), what sharing saves at most. Time on a CPU is CPU time. MB: most memory that is taken
-beyond the weights, on a GPU.
+tokens: of whole rows by those of prefixes and branches, what sharing saves at most. Time on a CPU is CPU time.
+MB: most memory that is taken beyond the weights, on a GPU.
 """
 
 import argparse
@@ -46,6 +47,7 @@ from torchtune.models.phi3 import lora_phi3, phi3
 from torchtune.models.phi3._convert_weights import phi3_tune_to_hf
 from torchtune.modules.common_utils import local_kv_cache
 from torchtune.modules.peft import get_merged_lora_ckpt
+from transformers import AutoModelForCausalLM
 
 from personas_tune.datasets import TokenRow
 from personas_tune.evaluation.readouts import Probabilities, generate_answers, label_probabilities
@@ -56,7 +58,7 @@ from personas_tune.training.shared_prefix import PrefixReader
 PAD, END = 0, 2
 ANSWERS = [[10 + label, END] for label in range(5)]
 NEW_TOKENS, TEMPERATURE, TOP_K = 4, 0.3, 50
-LIMIT = 1e-4  # of differences between probabilities, in fp32
+LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.15}  # of differences between probabilities
 SIZES = {
     "tiny": {"num_layers": 2, "num_heads": 4, "embed_dim": 64, "intermediate_dim": 128, "lora_rank": 8},
     "small": {"num_layers": 6, "num_heads": 8, "embed_dim": 512, "intermediate_dim": 1344, "lora_rank": 32},
@@ -114,10 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         models = build_models(args.model, vocab, args.device)
         cases = [Case(vocab, args.prefix, branch, rows, args.prompts) for branch in args.branch for rows in args.rows]
         for case in cases:
-            show_equal(models, prompts_of(case), args.batch_sizes[-1], args.max_tokens[-1], strict=True)
+            show_equal(models, prompts_of(case), args.batch_sizes[-1], args.max_tokens[-1])
         if dtype != torch.float32:
             models.cast(dtype)
-            show_equal(models, prompts_of(cases[0]), args.batch_sizes[-1], args.max_tokens[-1], strict=False)
+            show_equal(models, prompts_of(cases[0]), args.batch_sizes[-1], args.max_tokens[-1])
         for case in cases:
             compare(models, case, args)
         del models
@@ -131,7 +133,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--branch", type=int, nargs="+", default=[150])
     parser.add_argument("--rows", type=int, nargs="+", default=[16], help="prompts of a user, N")
     parser.add_argument("--prompts", type=int, default=32, help="of all users")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8], help="tried for each peer")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4], help="tried for each peer")
     parser.add_argument("--max-tokens", type=int, nargs="+", default=[1500, 3000, 8192], help="tried for ours")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -150,7 +152,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def hardware(device: str) -> str:
     if device != "cpu":
         return torch.cuda.get_device_name()
-    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{os.cpu_count()} cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 # Models
@@ -168,7 +170,9 @@ def build_models(name: str, vocab: int, device: str) -> Models:
         merged = get_merged_lora_ckpt(merged, rank, 32)
         stock = phi3(**shape)
         stock.load_state_dict(merged)
-        peer = transformers.Phi3ForCausalLM(transformers_config(shape))
+        peer = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            transformers_config(shape), attn_implementation="sdpa"
+        )
         peer.load_state_dict(phi3_tune_to_hf(merged))
     return Models(*(model.eval().requires_grad_(False) for model in (ours, stock, peer)))
 
@@ -198,7 +202,6 @@ def transformers_config(shape: dict[str, int]) -> transformers.Phi3Config:
         pad_token_id=PAD,
         bos_token_id=1,
         eos_token_id=END,
-        attn_implementation="sdpa",
     )
 
 
@@ -281,8 +284,9 @@ def expected_by_row(model: nn.Module, prompts: list[list[int]], batch_size: int)
             part = plan_tree_round(rows, len(chosen), PAD)
             reader.read(part.prefixes)
             (batch,) = part.batches
-            log_p = reader.logits(batch).log_softmax(-1).cpu().gather(1, batch.targets.unsqueeze(1))
-            p[chosen] = log_p.double().view(len(chosen), len(ANSWERS), -1).sum(-1).softmax(-1).numpy()
+            log_p = reader.logits(batch).log_softmax(-1)
+            of_tokens = log_p.gather(1, batch.targets.unsqueeze(1).to(log_p.device)).cpu().double()
+            p[chosen] = of_tokens.view(len(chosen), len(ANSWERS), -1).sum(-1).softmax(-1).numpy()
     return p
 
 
@@ -294,7 +298,7 @@ def first_logits(model: nn.Module, prompts: list[list[int]], batch_size: int) ->
         for chosen in by_length(prompts, batch_size):
             tokens = padded([prompts[i] for i in chosen], PAD)
             last = torch.tensor([len(prompts[i]) - 1 for i in chosen])
-            batch = AnswerBatch(tokens, torch.arange(len(chosen)), last, last)  # no targets are needed
+            batch = AnswerBatch(tokens, torch.arange(len(chosen)), last, torch.arange(len(chosen)), last)  # no targets are needed
             logits.update(zip(chosen, answer_logits(model, batch).cpu(), strict=True))
     return torch.stack([logits[index] for index in range(len(prompts))])
 
@@ -342,7 +346,8 @@ def generated_by_torchtune(
 
 def left_padded(model: nn.Module, prompts: Sequence[list[int]], chosen: Sequence[int]) -> Tensor:
     rows = [torch.tensor(prompts[index]) for index in chosen]
-    return left_pad_sequence(rows, batch_first=True, padding_value=PAD).to(device_of(model))
+    tokens: Tensor = left_pad_sequence(rows, batch_first=True, padding_value=PAD)
+    return tokens.to(device_of(model))
 
 
 def cut(out: Tensor, prompts: Tensor) -> list[list[int]]:
@@ -354,8 +359,8 @@ def cut(out: Tensor, prompts: Tensor) -> list[list[int]]:
 # Equality
 
 
-def show_equal(models: Models, prompts: list[list[int]], batch_size: int, max_tokens: int, *, strict: bool) -> None:
-    """Print how far the ways' answers differ; strict: stop if they do."""
+def show_equal(models: Models, prompts: list[list[int]], batch_size: int, max_tokens: int) -> None:
+    """Print how far the ways' answers differ; stop if it is too far. In bf16 near ties are decided either way."""
     p = expected(models.ours, prompts, max_tokens)
     by_row = abs(p - expected_by_row(models.ours, prompts, batch_size)).max()
     some = [0, len(prompts) - 1]
@@ -377,11 +382,11 @@ def show_equal(models: Models, prompts: list[list[int]], batch_size: int, max_to
         + ", ".join(f"{n} of {len(prompts)} of {peer}" for peer, n in n_same.items()),
         flush=True,
     )
-    if not strict:
-        return
-    if not max(by_row, by_label) <= LIMIT or not logits <= 100 * LIMIT:
-        raise SystemExit(f"probabilities differ by more than {LIMIT}, or logits by more than {100 * LIMIT}")
-    if min(n_same.values()) < len(prompts):
+    dtype = next(models.ours.parameters()).dtype
+    limit = LIMITS[dtype]
+    if not max(by_row, by_label) <= limit or not logits <= 10 * limit:
+        raise SystemExit(f"probabilities differ by more than {limit}, or logits by more than {10 * limit}")
+    if dtype == torch.float32 and min(n_same.values()) < len(prompts):
         raise SystemExit("greedy answers are not the same tokens")
 
 

@@ -33,13 +33,14 @@ class TokenTree:
     targets: NDArray[np.int64]
 
 
-def build_token_tree(rows: Sequence[TokenRow]) -> TokenTree:
+def build_token_tree(rows: Sequence[TokenRow], *, whole: bool = False) -> TokenTree:
     """Merge rows at their longest common prefixes.
 
     Rows are merged with their neighbours after sorting, which finds every common prefix.
 
     Args:
         rows: At least one row.
+        whole: Whether a row's last token gets a node, too; nothing is predicted from it.
     """
     order = sorted(range(len(rows)), key=lambda index: rows[index].tokens)
     tokens: list[int] = []
@@ -49,7 +50,7 @@ def build_token_tree(rows: Sequence[TokenRow]) -> TokenTree:
     path: list[int] = []
     previous: list[int] = []
     for index in order:
-        row = rows[index].tokens
+        row = rows[index].tokens if whole else rows[index].tokens[:-1]
         shared = common_prefix_length(previous, row)
         first = len(tokens)
         path = path[:shared]

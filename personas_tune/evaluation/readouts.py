@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torchtune.generation import sample
 
 from personas_tune.adapters.bank import stable_seed
 from personas_tune.datasets.token_tree import common_prefix_length
@@ -55,12 +54,17 @@ def label_probabilities(
     p = np.empty((len(prompts), len(answers)))
     with PrefixReader(model) as reader, fp32_head(model):
         for batch, chosen in _read_prompts(reader, prompts, answers, pad_id, max_tokens):
-            log_p = reader.logits(batch).double().log_softmax(-1).cpu()
-            of_tokens = log_p.gather(1, batch.targets.unsqueeze(1)).squeeze(1)
-            of_labels = torch.stack([part.sum() for part in torch.split(of_tokens, lengths * len(chosen))])
+            of_tokens = torch.split(_log_p(reader, batch), lengths * len(chosen))
+            of_labels = torch.stack([part.sum() for part in of_tokens])
             p[chosen] = of_labels.view(len(chosen), len(answers)).softmax(-1).numpy()
             on_rows(len(chosen))
     return p
+
+
+def _log_p(reader: PrefixReader, batch: AnswerBatch) -> Tensor:
+    """Log probability of each answer token, shape ``(N,)``; only these leave the GPU."""
+    log_p = reader.place_logits(batch).double().log_softmax(-1)
+    return log_p[batch.place.to(log_p.device), batch.targets.to(log_p.device)].cpu()
 
 
 def _read_prompts(
@@ -194,9 +198,9 @@ def _generate(
     position = batch.input_pos[batch.batch_index, batch.source]
     with reader.remembering():
         while True:
-            logits = reader.logits(batch)[going].cpu()
-            noise = torch.stack([torch.empty(logits.shape[1]).exponential_(1, generator=generators[i]) for i in going])
-            for i, token in zip(going, _draw(logits, noise, temperature, top_k), strict=True):
+            logits = reader.logits(batch)[going]
+            drawn = _draw(logits, [generators[i] for i in going], temperature, top_k)
+            for i, token in zip(going, drawn, strict=True):
                 answers[i].append(token)
             going = [i for i in going if answers[i][-1] not in stop_tokens and len(answers[i]) < limits[i]]
             if not going:
@@ -214,6 +218,7 @@ def _last_tokens(answers: Sequence[list[int]], position: Tensor, seen: Tensor, r
         tokens=tokens.unsqueeze(1),
         batch_index=row,
         source=torch.zeros_like(row),
+        place=row,
         targets=tokens,
         input_pos=position.unsqueeze(1),
         mask=seen.unsqueeze(1),
@@ -221,10 +226,18 @@ def _last_tokens(answers: Sequence[list[int]], position: Tensor, seen: Tensor, r
     )
 
 
-def _draw(logits: Tensor, noise: Tensor, temperature: float, top_k: int | None) -> list[int]:
+def _draw(logits: Tensor, generators: Sequence[torch.Generator], temperature: float, top_k: int | None) -> list[int]:
+    """A token for each row of logits, drawn among its ``top_k``; only these leave the GPU.
+
+    Dividing probabilities by exponential noise and taking the largest draws from them, as torchtune's ``sample`` does.
+    """
     if temperature == 0:
         return list(logits.argmax(-1).tolist())
-    return list(sample(logits, temperature=temperature, top_k=top_k, q=noise).squeeze(1).tolist())
+    n_tokens = logits.shape[1]
+    best, tokens = (each.cpu() for each in logits.topk(min(top_k or n_tokens, n_tokens)))
+    noise = torch.stack([torch.empty(best.shape[1]).exponential_(1, generator=each) for each in generators])
+    drawn = ((best / temperature).softmax(-1) / noise).argmax(-1, keepdim=True)
+    return list(tokens.gather(1, drawn).squeeze(1).tolist())
 
 
 def parse_rating(text: str, labels: Sequence[str]) -> float | None:

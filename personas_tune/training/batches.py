@@ -1,6 +1,7 @@
 """Rows as tensors: each on its own, or as branches of a prefix that is run once.
 
-Shapes: B sequences or branches, S their length, U prefixes, P their length, N answer tokens.
+Shapes: B sequences or branches, S their length, U prefixes, P their length, N answer tokens, M places in the sequences
+from which they are predicted (several from one, where a branch has several answers).
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,8 +29,9 @@ class AnswerBatch:
 
     Args:
         tokens: Padded on the right, shape ``(B, S)``.
-        batch_index: Batch row of each answer token, shape ``(N,)``.
-        source: Index in the sequence from which each answer token is predicted, shape ``(N,)``.
+        batch_index: Batch row of each place, shape ``(M,)``.
+        source: Index in the sequence of each place, shape ``(M,)``; no two places are the same.
+        place: From which place each answer token is predicted, shape ``(N,)``.
         targets: The answer tokens, shape ``(N,)``.
         input_pos: Position of each token in its row, shape ``(B, S)``; None counts from 0.
         mask: What each token of a branch sees of its branch, shape ``(B, S, S)``; None for all up to itself.
@@ -40,6 +42,7 @@ class AnswerBatch:
     tokens: Tensor
     batch_index: Tensor
     source: Tensor
+    place: Tensor
     targets: Tensor
     input_pos: Tensor | None = None
     mask: Tensor | None = None
@@ -151,7 +154,8 @@ def plain_batch(rows: Sequence[TokenRow], pad_id: int) -> AnswerBatch:
     tokens = padded([row.tokens for row in rows], pad_id)
     spots = [(b, t) for b, row in enumerate(rows) for t in range(row.answer_start, len(row.tokens))]
     batch_index, position = torch.tensor(spots, dtype=torch.long).unbind(1)
-    return AnswerBatch(tokens, batch_index, position - 1, tokens[batch_index, position])
+    place = torch.arange(len(spots))
+    return AnswerBatch(tokens, batch_index, position - 1, place, tokens[batch_index, position])
 
 
 def branch_batch(branches: Sequence[Branch], owners: Sequence[int], lengths: Sequence[int], pad_id: int) -> AnswerBatch:
@@ -164,21 +168,32 @@ def branch_batch(branches: Sequence[Branch], owners: Sequence[int], lengths: Seq
         pad_id: Token that fills up short branches.
     """
     starts = [lengths[owner] for owner in owners]
+    # Rows of a training keep their last tokens as plain rows do: dropout draws a number for every token.
+    whole = all(len(branch) == 1 for branch in branches)
     trees = [
-        build_token_tree([TokenRow(row.tokens[start:], row.answer_start - start) for row in branch])
+        build_token_tree([TokenRow(row.tokens[start:], row.answer_start - start) for row in branch], whole=whole)
         for branch, start in zip(branches, starts, strict=True)
     ]
     tokens = padded([tree.tokens.tolist() for tree in trees], pad_id)
     input_pos = torch.zeros_like(tokens)
     for index, (tree, start) in enumerate(zip(trees, starts, strict=True)):
         input_pos[index, : len(tree.tokens)] = torch.from_numpy(tree.depth) + start
+    places = torch.cat(
+        [
+            torch.stack([torch.full((len(tree.sources),), index), torch.from_numpy(tree.sources)])
+            for index, tree in enumerate(trees)
+        ],
+        dim=1,
+    )
+    (batch_index, source), place = torch.unique(places, dim=1, return_inverse=True)
     return AnswerBatch(
         tokens=tokens,
-        batch_index=torch.cat([torch.full((len(tree.sources),), index) for index, tree in enumerate(trees)]),
-        source=torch.cat([torch.from_numpy(tree.sources) for tree in trees]),
+        batch_index=batch_index,
+        source=source,
+        place=place,
         targets=torch.cat([torch.from_numpy(tree.targets) for tree in trees]),
         input_pos=input_pos,
-        mask=_tree_mask(trees, tokens.shape[1]) if any(len(branch) > 1 for branch in branches) else None,
+        mask=None if whole else _tree_mask(trees, tokens.shape[1]),
         runs=tuple(owners.count(index) for index in range(len(lengths))),
     )
 

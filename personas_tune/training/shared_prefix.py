@@ -36,7 +36,14 @@ from personas_tune.training.batches import (
     plan_tree_round,
     shape_of,
 )
-from personas_tune.training.forward import answer_logits, answer_loss, device_of, joined_output, output_only_at
+from personas_tune.training.forward import (
+    answer_logits,
+    answer_loss,
+    device_of,
+    joined_output,
+    output_only_at,
+    place_logits,
+)
 from personas_tune.training.prefix_attention import Runs, attend_with_prefix
 
 KeysAndValues = tuple[Tensor, Tensor]
@@ -173,7 +180,8 @@ class PrefixReader:
         self._lengths, self._pass.runs, self._pass.records = prefixes.lengths, None, True
         tokens = prefixes.tokens.to(device_of(self._model))
         position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        with output_only_at(self._model, position[0, :1], position[0, :1]):
+        first = position[0, :1]  # no place is needed: one is run, for the output to be in the graph
+        with output_only_at(self._model, first, first):
             self._output = joined_output(self._model(tokens, input_pos=position))
         self._pass.records = False
         for seat in self._seats:
@@ -181,8 +189,12 @@ class PrefixReader:
 
     def logits(self, batch: AnswerBatch) -> Tensor:
         """As :func:`answer_logits`, for branches of the prefixes that were read last."""
+        return self.place_logits(batch)[batch.place.to(device_of(self._model))]
+
+    def place_logits(self, batch: AnswerBatch) -> Tensor:
+        """As :func:`~personas_tune.training.forward.place_logits`, for branches of the prefixes that were read last."""
         self._pass.runs = list(zip(self._lengths, batch.runs, strict=True))
-        return answer_logits(self._model, batch)
+        return place_logits(self._model, batch)
 
     @contextmanager
     def remembering(self) -> Iterator[None]:

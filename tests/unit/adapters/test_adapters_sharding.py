@@ -1,8 +1,10 @@
 """A base over two gloo processes: what it computes, what each process holds, and that none waits in vain."""
 
 import multiprocessing
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,14 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from tiny import TINY, base_sections
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torchtune.config import instantiate
 from torchtune.models.phi3._position_embeddings import Phi3RotaryPositionalEmbeddings
+from torchtune.modules.peft import get_adapter_params
 
 from personas_tune.adapters.base_model import BaseModel, load_base
-from personas_tune.adapters.sharding import in_lockstep, is_sharded, on_first_process
+from personas_tune.adapters.sharding import in_lockstep, is_sharded
 from personas_tune.datasets import TokenRow
 from personas_tune.errors import CheckpointError, ConfigError, PersonasTuneError
 from personas_tune.evaluation.readouts import generate_answers, label_probabilities
@@ -27,6 +31,7 @@ from personas_tune.training.self_check import check_sharing
 from personas_tune.training.shared_prefix import backward_rows
 
 WIDE = {**TINY, "embed_dim": 256, "num_heads": 2, "num_kv_heads": 2, "intermediate_dim": 256}  # NF4 needs blocks
+Rows = tuple[list[TokenRow], list[str]]
 
 
 def in_two_processes(work: Callable[[int], Any], folder: Path) -> list[Any]:
@@ -84,7 +89,8 @@ def save_random(folder: Path, tiny: Path, **model: Any) -> dict[str, dict[str, A
     sections = base_sections(tiny, **model)
     torch.manual_seed(0)
     network = instantiate(OmegaConf.create({**sections["model"], "quantize_base": False}))
-    torch.save({name: weight for name, weight in network.state_dict().items() if "lora" not in name}, folder / "w.pt")
+    adapters = get_adapter_params(network)
+    torch.save({name: value for name, value in network.state_dict().items() if name not in adapters}, folder / "w.pt")
     sections["checkpointer"] = {
         "_component_": "torchtune.training.FullModelTorchTuneCheckpointer",
         "checkpoint_dir": str(folder), "checkpoint_files": ["w.pt"], "model_type": "PHI3_MINI",
@@ -145,7 +151,7 @@ def test_each_process_holds_half_of_the_base_and_all_of_the_adapter(tiny_checkpo
         parts = [weight for weight in base.model.parameters() if isinstance(weight, DTensor)]
         trainable = [weight for weight in base.model.parameters() if weight.requires_grad]
         assert not any(isinstance(weight, DTensor) for weight in trainable)
-        held = sum(part.to_local().nbytes for part in parts)
+        held = sum(part.to_local().untyped_storage().nbytes() for part in parts)  # views of a whole would show
         return held, sum(weight.numel() for weight in trainable), is_sharded(base.model)
 
     whole = load(tiny_checkpoint, False)
@@ -160,7 +166,7 @@ def test_each_process_holds_half_of_the_base_and_all_of_the_adapter(tiny_checkpo
 # Gradients
 
 
-def rows_of_process(rank: int) -> tuple[list[TokenRow], list[str]]:
+def rows_of_process(rank: int) -> Rows:
     """Two users of three rows, or one of four and a row that shares nothing."""
     users, n_rows = ((0, 1), 3) if rank == 0 else ((2,), 4)
     rows, names = [], []
@@ -179,48 +185,56 @@ def agree(shape: list[int]) -> list[int]:
     return [max(sizes) for sizes in zip_longest(*shapes, fillvalue=0)]
 
 
-def gradients_of(base: BaseModel, ranks: tuple[int, ...], sharing: str, **options: Any) -> dict[str, Tensor]:
+def gradients_of(base: BaseModel, parts: list[Rows], sharing: str = "auto", **options: Any) -> dict[str, Tensor]:
     base.model.train()
     with base.bank.use("a") as adapter:
-        for rank in ranks:
+        for rows, names in parts:
             backward_rows(
-                base.model, *rows_of_process(rank), nn.CrossEntropyLoss(), pad_id=0, sharing=sharing,
+                base.model, rows, names, nn.CrossEntropyLoss(), pad_id=0, sharing=sharing,
                 branches_per_pass=2, on_gradients=lambda: base.bank.take_gradients(1), **options,
             )  # fmt: skip
     return {name: weight.grad for name, weight in adapter.masters.items() if weight.grad is not None}
 
 
-@pytest.mark.parametrize(
-    ("model", "flags"),
-    [
-        ({}, {}),
-        ({}, {"enable_activation_checkpointing": True}),
-        ({"use_dora": True}, {"enable_activation_checkpointing": True}),
-        ({}, {"compile": True}),
-        ({}, {"compile": True, "enable_activation_checkpointing": True}),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own, at a graph break
-def test_gradients_of_different_rows_sum_to_those_of_one_process(
-    tiny_checkpoint, tmp_path, monkeypatch, model, flags
-) -> None:
-    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "eager")
+def summed(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    for gradient in gradients.values():
+        dist.all_reduce(gradient)
+    return gradients
 
-    def work(rank: int) -> list[dict[str, Tensor]]:
-        base = with_adapter(load(tiny_checkpoint, True, model, **flags))
-        found = []
-        for _ in range(2):
-            gradients = gradients_of(base, (rank,), "auto", agree=agree)
-            for gradient in gradients.values():
-                dist.all_reduce(gradient)
-            found.append({name: gradient.clone() for name, gradient in gradients.items()})
-            for weight in base.bank["a"].masters.values():
-                weight.grad = None
-        return found
 
-    expected = gradients_of(with_adapter(load(tiny_checkpoint, False, model)), (0, 1), "off")
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gradients_of_different_rows_sum_to_those_of_one_process(tiny_checkpoint, tmp_path, checkpointed, dora) -> None:
+    def work(rank: int) -> dict[str, Tensor]:
+        base = with_adapter(
+            load(tiny_checkpoint, True, {"use_dora": dora}, enable_activation_checkpointing=checkpointed)
+        )
+        gradients_of(base, [rows_of_process(rank)], agree=agree)
+        return summed(gradients_of(base, [rows_of_process(rank)], agree=agree))  # on top of the first ones
+
+    whole = with_adapter(load(tiny_checkpoint, False, {"use_dora": dora}))
+    expected = gradients_of(whole, [rows_of_process(0), rows_of_process(1)] * 2, "off")
     for found in in_two_processes(work, tmp_path):
-        assert all(difference(gradients, expected) < 1e-5 for gradients in found)
+        assert difference(found, expected) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own, at a graph break
+def test_compiled_layers_are_sharded_too(tiny_checkpoint, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "eager")
+    sections = save_random(tmp_path, tiny_checkpoint, num_layers=1)
+    rows, names = rows_of_process(0)
+
+    def work(rank: int) -> tuple[dict[str, Tensor], int]:
+        one = rank == 0  # both would take twice as long
+        base = with_adapter(load_base(**sections, device="cpu", dtype="fp32", sharded=True, compile=one))
+        return summed(gradients_of(base, [(rows[:2], names[:2])])), counters["stats"]["unique_graphs"]
+
+    whole = with_adapter(load_base(**sections, device="cpu", dtype="fp32"))
+    expected = gradients_of(whole, [(rows[:2], names[:2])] * 2)
+    (found, n_graphs), (same, _) = in_two_processes(work, tmp_path)
+    assert difference(found, expected) < 1e-5
+    assert difference(same, found) == 0
+    assert n_graphs > 0
 
 
 def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -261,8 +275,7 @@ def readouts(base: BaseModel, chosen: slice) -> tuple[Any, list[list[int]]]:
     return p, texts
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("parts", [(slice(0, 10), slice(10, 12)), (slice(0, 0), slice(0, 12))])
+@pytest.mark.parametrize(("dtype", "parts"), [("fp32", (slice(0, 10), slice(10, 12))), ("bf16", (None, slice(0, 12)))])
 def test_readouts_in_lockstep_are_those_of_one_process(tiny_checkpoint, tmp_path, parts, dtype) -> None:
     def work(rank: int) -> list[Any]:
         base = with_adapter(load(tiny_checkpoint, True, {"lora_dropout": 0.5}, dtype=dtype))
@@ -270,13 +283,15 @@ def test_readouts_in_lockstep_are_those_of_one_process(tiny_checkpoint, tmp_path
         found = []
         for _ in range(2):  # it starts over
             with in_lockstep(base.model):
-                found.append(readouts(base, parts[rank]))
+                found.append(readouts(base, parts[rank]) if parts[rank] else None)
         assert torch.equal(torch.get_rng_state(), state)
         return found
 
     whole = with_adapter(load(tiny_checkpoint, False, dtype=dtype))
-    for rank, found in enumerate(in_two_processes(work, tmp_path)):
-        expected_p, expected_texts = readouts(whole, parts[rank])
+    for part, found in zip(parts, in_two_processes(work, tmp_path), strict=True):
+        if part is None:
+            continue
+        expected_p, expected_texts = readouts(whole, part)
         for p, texts in found:
             assert p == pytest.approx(expected_p, abs=1e-6)
             assert texts == expected_texts
@@ -305,59 +320,57 @@ def test_an_error_ends_the_block_at_once(tiny_checkpoint, tmp_path) -> None:
 # What is refused
 
 
-def refusals(load_sharded: Callable[[], object], folder: Path) -> tuple[type, list[str]]:
-    """The error that both processes raise."""
+def refusals(attempts: list[Callable[[], object]], folder: Path) -> list[PersonasTuneError]:
+    """The errors that both processes raise alike, one an attempt."""
 
-    def work(rank: int) -> tuple[type, list[str]]:
-        with pytest.raises(PersonasTuneError) as caught:
-            load_sharded()
-        return caught.type, caught.value.lines
+    def work(rank: int) -> list[PersonasTuneError]:
+        errors = []
+        for attempt in attempts:
+            with pytest.raises(PersonasTuneError) as caught:
+                attempt()
+            errors.append(type(caught.value)(str(caught.value)))
+        return errors
 
     first, second = in_two_processes(work, folder)
-    assert first == second
+    assert [(type(error), str(error)) for error in first] == [(type(error), str(error)) for error in second]
     return first
 
 
-@pytest.mark.parametrize("damage", ["cut off", "a weight less", "other sizes", "other heads"])
-def test_a_checkpoint_that_is_damaged_or_does_not_fit_is_told_by_all(tiny_checkpoint, tmp_path, damage) -> None:
-    folder = tmp_path / "base"
-    folder.mkdir()
-    for path in tiny_checkpoint.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    weights, model = load_file(folder / "model.safetensors"), {}
-    if damage == "cut off":
-        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
-    elif damage == "a weight less":
-        save_file({k: v for k, v in weights.items() if k != "model.norm.weight"}, folder / "model.safetensors")
-    else:
-        model = {"vocab_size": 500} if damage == "other sizes" else {"num_heads": 8, "num_kv_heads": 4}
-    with pytest.raises(CheckpointError) as expected:
-        load(folder, False, model)
-    assert refusals(lambda: load(folder, True, model), tmp_path) == (CheckpointError, expected.value.lines)
-
-
-def test_a_failure_of_the_first_process_is_every_ones(tmp_path) -> None:
-    def fail() -> None:
-        raise CheckpointError("torn", where="here", remedy="mend it")
-
-    assert refusals(lambda: on_first_process(fail), tmp_path) == (CheckpointError, ["here: torn; mend it"])
+def test_a_checkpoint_that_is_damaged_or_does_not_fit_is_told_by_all(tiny_checkpoint, tmp_path) -> None:
+    damaged, lacking = (Path(shutil.copytree(tiny_checkpoint, tmp_path / name)) for name in ("damaged", "lacking"))
+    (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:5000])
+    weights = load_file(lacking / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, lacking / "model.safetensors")
+    cases = [
+        (damaged, {}),
+        (lacking, {}),
+        (tiny_checkpoint, {"vocab_size": 500}),
+        (tiny_checkpoint, {"num_heads": 8, "num_kv_heads": 4}),
+    ]
+    found = refusals([partial(load, folder, True, model) for folder, model in cases], tmp_path)
+    for error, (folder, model) in zip(found, cases, strict=True):
+        with pytest.raises(CheckpointError) as expected:
+            load(folder, False, model)
+        assert (type(error), str(error)) == (CheckpointError, str(expected.value))
 
 
 def test_nf4_that_can_not_be_cut_evenly_is_refused(tiny_checkpoint, tmp_path) -> None:
     # A scale of scales belongs to 256 blocks of 64 weights: here there is one for each matrix.
     sizes = {**WIDE, "embed_dim": 128, "num_heads": 2, "num_kv_heads": 2, "intermediate_dim": 128}
     sections = save_random(tmp_path, tiny_checkpoint, **sizes, quantize_base=True)
-    refused = refusals(lambda: load_base(**sections, device="cpu", dtype="fp32", sharded=True), tmp_path)
-    assert refused[0] is ConfigError
-    assert refused[1][0].startswith("parallel: this model can't be cut into 2 parts (")
+    attempt = partial(load_base, **sections, device="cpu", dtype="fp32", sharded=True)
+    (error,) = refusals([attempt], tmp_path)
+    assert isinstance(error, ConfigError)
+    assert str(error).startswith("parallel: this model can't be cut into 2 parts (")
 
 
 def test_a_model_whose_buffers_nothing_fills_is_refused(tiny_checkpoint, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(Phi3RotaryPositionalEmbeddings, "rope_init", property())  # as if it had none
     monkeypatch.setattr(Phi3RotaryPositionalEmbeddings, "__init__", with_a_buffer)
-    kind, (line,) = refusals(lambda: load(tiny_checkpoint, True), tmp_path)
-    assert kind is ConfigError
-    assert line.startswith("parallel: this model can't be spread over processes (nothing fills layers.0.attn.")
+    (error,) = refusals([partial(load, tiny_checkpoint, True)], tmp_path)
+    assert isinstance(error, ConfigError)
+    assert str(error).startswith("parallel: this model can't be spread over processes (nothing fills layers.0.attn.")
 
 
 def with_a_buffer(module: nn.Module, dim: int, **_: Any) -> None:

@@ -24,13 +24,14 @@ def test_following_a_node_s_ancestors_spells_its_row(lists: list[list[int]]) -> 
 
 @given(ROWS)
 def test_no_prefix_is_stored_twice(lists: list[list[int]]) -> None:
-    tree = build_token_tree(as_rows(lists))
-    prefixes = {tuple(row[: n + 1]) for row in lists for n in range(len(row))}
-    assert len(tree.tokens) == len(prefixes)
+    for whole in (True, False):
+        tree = build_token_tree(as_rows(lists), whole=whole)
+        prefixes = {tuple(row[: n + 1]) for row in lists for n in range(len(row) - (not whole))}
+        assert len(tree.tokens) == len(prefixes)
 
 
 def test_a_hand_made_tree() -> None:
-    tree = build_token_tree([TokenRow([7, 8, 9], 2), TokenRow([7, 8, 5], 2)])
+    tree = build_token_tree([TokenRow([7, 8, 9], 2), TokenRow([7, 8, 5], 2)], whole=True)
     assert tree.tokens.tolist() == [7, 8, 5, 9]
     assert tree.depth.tolist() == [0, 1, 2, 2]
     assert tree.attends.tolist() == [
@@ -41,3 +42,11 @@ def test_a_hand_made_tree() -> None:
     ]
     assert tree.sources.tolist() == [1, 1]
     assert tree.targets.tolist() == [9, 5]
+
+
+def test_a_last_token_needs_no_node() -> None:
+    tree = build_token_tree([TokenRow([7, 8, 9], 2), TokenRow([7, 8, 5, 6], 2)])
+    assert tree.tokens.tolist() == [7, 8, 5]
+    assert tree.attends.tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+    assert tree.sources.tolist() == [1, 1, 2]
+    assert tree.targets.tolist() == [9, 5, 6]

@@ -170,8 +170,7 @@ def test_drawn_answers_are_those_of_whole_rows_run_again_for_each_token(load_tin
         generator, row = torch.Generator().manual_seed(stable_seed(1, str(index))), list(prompt)
         for _ in range(4):
             logits = base.model(torch.tensor([row]))[:, -1]
-            noise = torch.empty_like(logits).exponential_(1, generator=generator)
-            row += _draw(logits, noise, temperature=0.9, top_k=50)
+            row += _draw(logits, [generator], temperature=0.9, top_k=50)
         assert answers[index] == row[len(prompt) :]
 
 
@@ -187,8 +186,8 @@ def test_generation_draws_from_the_softmax_of_the_top_k() -> None:
     from personas_tune.evaluation.readouts import _draw
 
     logits = torch.tensor([0.0, 1.0, 2.0, -9.0]).repeat(20_000, 1)
-    noise = torch.empty_like(logits).exponential_(1, generator=torch.Generator().manual_seed(0))
-    drawn = np.bincount(_draw(logits, noise, temperature=0.5, top_k=2), minlength=4) / 20_000
+    generator = torch.Generator().manual_seed(0)
+    drawn = np.bincount(_draw(logits, [generator] * 20_000, temperature=0.5, top_k=2), minlength=4) / 20_000
     odds = math.exp((2.0 - 1.0) / 0.5)
     assert drawn.tolist() == pytest.approx([0, 1 / (1 + odds), odds / (1 + odds), 0], abs=0.01)
 
@@ -202,7 +201,7 @@ def test_each_user_is_answered_by_its_adapter(load_tiny, experiment) -> None:
     base.bank.add_loaded("b", {k: w + 0.5 for k, w in weights.items()}, where="test")
 
     def p_of(assignment):
-        return predict_distributions(base, dataset, assignment, labels, 2000, lambda n: None)
+        return predict_distributions(base, dataset, range(len(dataset)), assignment, labels, 2000, lambda n: None)
 
     users = sorted({sample.user_id for sample in dataset.samples})
     all_a, all_b = p_of(dict.fromkeys(users, "a")), p_of(dict.fromkeys(users, "b"))
@@ -220,8 +219,9 @@ def test_the_prediction_table_has_the_contract_s_columns(load_tiny, experiment) 
     base = load_tiny()
     source = RatingSource(experiment.root)
     dataset = RatingDataset(base.tokenizer, source, source.samples("test"), "both")
-    p = predict_distributions(base, dataset, None, source.labels, 2000, lambda n: None)
-    texts = predict_texts(base, dataset, None, Sampling(4, 0.3, 50, 0), 4000, lambda n: None)
+    rows = range(len(dataset))
+    p = predict_distributions(base, dataset, rows, None, source.labels, 2000, lambda n: None)
+    texts = predict_texts(base, dataset, rows, None, Sampling(4, 0.3, 50, 0), 4000, lambda n: None)
     for generated in (None, texts):
         table = prediction_table(dataset.samples, p, source.labels, generated)
         assert table.column_names == list(COLUMNS["predictions"])

@@ -53,6 +53,35 @@ def test_one_graph_of_prefixes_and_trees_changes_neither_logits_nor_gradients(se
         torch.testing.assert_close(found[name] / scale, gradient / scale, rtol=0, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_gradients_are_those_of_torchtune_s_own_forward(dropout: float) -> None:
+    """With dropout, too: the last layer is cut short where no random number is drawn."""
+    model = small_phi3(lora_dropout=dropout).requires_grad_()
+    batch = plain_batch(rows_of_users(n_users=2)[0], 0)
+    torch.manual_seed(0)
+    found = gradients(model, answer_logits(model, batch), batch.targets)
+    torch.manual_seed(0)
+    whole = model(batch.tokens)[batch.batch_index, batch.source][batch.place]
+    for name, gradient in gradients(model, whole, batch.targets).items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(("dropout", "queries"), [(0.0, 8), (0.5, 44)])
+def test_the_last_layer_runs_at_the_answers_but_for_keys_values_and_what_draws(dropout: float, queries: int) -> None:
+    model = small_phi3(lora_dropout=dropout)
+    layer = model.layers[-1]
+    n_tokens = {}
+    for name in ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj", "mlp.w1"):
+        layer.get_submodule(name).register_forward_hook(
+            lambda _, __, output, name=name: n_tokens.update({name: output.shape[:-1].numel()})
+        )
+    batch = plain_batch([TokenRow(list(range(11)), 9)] * 4, 0)
+    answer_logits(model, batch)
+    assert n_tokens == {
+        "attn.q_proj": queries, "attn.k_proj": 44, "attn.v_proj": 44, "attn.output_proj": 8, "mlp.w1": 8,
+    }  # fmt: skip
+
+
 def test_logits_are_those_of_torchtune_s_own_forward() -> None:
     model = small_phi3()
     rows, _ = rows_of_users(n_users=1)

@@ -113,8 +113,8 @@ def test_activation_checkpointing_recomputes_each_phase_as_it_was(dropout: float
         torch.manual_seed(0)
         loss, gradients = backward(model, rows, names, branches_per_pass=5)
         found.append((loss, gradients, torch.get_rng_state()))
-    assert found[0][0] == found[1][0]
-    assert difference(found[1][1], found[0][1]) == 0  # the same masks, too
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert difference(found[1][1], found[0][1]) < 1e-6  # other masks would make them differ by far more
     assert torch.equal(found[0][2], found[1][2])
 
 
