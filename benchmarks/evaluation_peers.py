@@ -298,7 +298,9 @@ def first_logits(model: nn.Module, prompts: list[list[int]], batch_size: int) ->
         for chosen in by_length(prompts, batch_size):
             tokens = padded([prompts[i] for i in chosen], PAD)
             last = torch.tensor([len(prompts[i]) - 1 for i in chosen])
-            batch = AnswerBatch(tokens, torch.arange(len(chosen)), last, torch.arange(len(chosen)), last)  # no targets are needed
+            batch = AnswerBatch(
+                tokens, torch.arange(len(chosen)), last, torch.arange(len(chosen)), last
+            )  # no targets are needed
             logits.update(zip(chosen, answer_logits(model, batch).cpu(), strict=True))
     return torch.stack([logits[index] for index in range(len(prompts))])
 

@@ -4,7 +4,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from personas_tune.datasets import TokenRow
 
 N_ADAPTERS = 4  # resident, where a peer can hold several
 Gradients = Mapping[str, Tensor]
+Result = TypeVar("Result")
 
 
 class Peer(Protocol):
@@ -53,21 +54,6 @@ class ModelSize:
             "lora_rank": self.rank, "lora_alpha": self.rank, "lora_dropout": 0.0,
         }  # fmt: skip
 
-    def flops_of_a_row(self, prefix: int, branch: int, n_together: int) -> float:
-        """Operations of a row's forward and backward, its user's prefix run once for ``n_together`` rows.
-
-        The base's weights get no gradient, LoRA's do; attention's backward is 2.5 times its forward
-        (section 9 of the model in docs/performance.md is the same sum).
-        """
-        width = self.embed_dim
-        linear = 2 * self.num_layers * (4 * width**2 + 3 * width * self.intermediate_dim)
-        lora = 2 * self.num_layers * 4 * width * self.rank
-        per_token = 2 * linear + 3 * lora
-        per_context = 3.5 * 4 * width * self.num_layers
-        of_prefix = prefix * (per_token + per_context * prefix / 2)
-        of_branch = branch * (per_token + per_context * (prefix + branch / 2))
-        return of_prefix / n_together + of_branch + 2 * 2 * 2 * width * self.vocab_size
-
 
 PHI3_MINI = ModelSize(32064, 3072, 32, 32, 8192, 256)
 
@@ -91,17 +77,20 @@ class Machine:
         torch.cuda.synchronize()
         return time.perf_counter()
 
-    def peak_bytes(self, run: Callable[[], object]) -> int:
-        """Most memory that tensors take while something runs, beyond what they took before."""
+    def with_peak_bytes(self, run: Callable[[], Result], *, compiled: bool) -> tuple[Result, int | None]:
+        """What something returns, and the most memory that tensors took meanwhile, beyond what they took before.
+
+        On a CPU compiled code can't be watched: None.
+        """
+        if self.device.type == "cpu" and compiled:
+            return run(), None
         if self.device.type == "cpu":
             with LiveBytes() as live:
-                run()
-            return live.most
+                return run(), live.most
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
+        return run(), torch.cuda.max_memory_allocated() - before
 
 
 @dataclass(frozen=True)

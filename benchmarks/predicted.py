@@ -13,7 +13,7 @@ Bytes: the base in bf16; per adapter of a GPU 12 bytes a weight (fp32 master, Ad
 one at work (a bf16 copy and its gradient, an fp32 gradient); keys and values of a prefix, and their gradients; and what
 autograd keeps of a pass of branches and the prefix that they continue: 115 kB a token and layer at width 3072, or, with
 recomputing, the layers' inputs and one layer's share.
-Nothing here is measured, but `share` can be held against benchmarks/shared_prefix.py on the shape that it runs.
+Nothing here is measured, but `share` can be held against benchmarks/training_peers.py on the shape that it runs.
 """
 
 import argparse

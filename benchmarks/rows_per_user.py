@@ -12,7 +12,8 @@ is plain training: rows in any order, no prefix shared.
               `distill.batch_size` rows, so no more rows than that can share it
     RMSE      of the readout `expected` on the test rows: mean of the seeds, lowest and highest
     minus     RMSE over all seeds minus the reference's, and 95% of resamplings of the users
-    CPU       of a training row, median of the seeds, with the check of the first group; ratio: reference / this
+    CPU       of a training row, median of the seeds; ratio: reference / this
+The reference's lowest and highest say what the seed alone does; the interval is of the users, not of the seeds.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from personas_tune.training.order import epoch_order
 from personas_tune.training.sets import plan_adapter_set
 from personas_tune.workspace import read_json, read_table
 
-ROWS_PER_USER = {16: (1, 4, 8, 16), 64: (1, 4, 8, 16, 32)}  # by rows of a step
+ROWS_PER_USER = {16: (1, 4, 8, 16), 64: (4, 8, 16, 32)}  # by rows of a step
 FIRST_SEED = 42
 
 
@@ -126,7 +127,7 @@ def train_and_measure(args: argparse.Namespace, setting: Setting, seed: int) -> 
         f"gradient_accumulation_steps={setting.rows_per_step // args.batch_size}",
         f"training.prefix_sharing={setting.prefix_sharing}", "training.keep_last_n_checkpoints=0",
         f"metric_logger._component_={CpuClock.__module__}.CpuClock", "metric_logger.log_dir=${output_dir}/logs",
-        "agents.persona.adapters=persona", *args.set,
+        "agents.persona.adapters=persona", "evaluation.n_resamples=99", *args.set,
     ]  # fmt: skip
     folder = run(args, name, ["persona_lora", "persona_eval"], overrides)
     outcome = measure(folder, "persona", read_json(folder / "logs" / "cpu_seconds.json"))
@@ -141,7 +142,7 @@ def measure_base(args: argparse.Namespace) -> Outcome:
 
 def run(args: argparse.Namespace, name: str, recipes: list[str], overrides: list[str]) -> Path:
     """Run recipes as `tune run` does, in a workspace of its own."""
-    folder = args.folder / name
+    folder = Path(args.folder, name)
     share_stages(args.workspace, folder)
     shipped = load_experiment(args.config)
     dropped = [f"~agents.{agent}" for agent in shipped.agents]
@@ -173,7 +174,7 @@ def measure(folder: Path, agent: str, cpu_seconds: float) -> Outcome:
     table = read_table(folder / "eval" / f"predictions_{agent}.parquet", ("user_id", "rating", "expected"))
     errors = table["expected"].to_numpy() - table["rating"].to_numpy()
     _, user = np.unique(table["user_id"].to_numpy(), return_inverse=True)
-    return Outcome(np.bincount(user, errors**2), np.bincount(user).astype(float), cpu_seconds)
+    return Outcome(np.bincount(user, errors**2), np.bincount(user).astype(np.float64), cpu_seconds)
 
 
 def print_line(args: argparse.Namespace, setting: Setting, outcomes: list[Outcome], reference: list[Outcome]) -> None:
@@ -188,7 +189,7 @@ def print_line(args: argparse.Namespace, setting: Setting, outcomes: list[Outcom
 
 def against(outcomes: list[Outcome], reference: list[Outcome]) -> str:
     """The paired difference of RMSE over all seeds; a user is drawn with its rows under every seed."""
-    if outcomes is reference:
+    if outcomes[0] is reference[0]:
         return "-"
     squared_errors, peers = (sum(each.squared_errors for each in group) for group in (outcomes, reference))
     difference, low, high = paired_difference(squared_errors, peers, sum(each.n_rows for each in outcomes))
@@ -204,14 +205,16 @@ def count_rows_and_profiles(args: argparse.Namespace, setting: Setting) -> tuple
         samples, per=chosen.per, rows=chosen.rows, shuffle_personas=chosen.shuffle_personas,
         validation_share=cfg.validation_share, seed=FIRST_SEED,
     )  # fmt: skip
-    counts = []
+    size, most_steps = setting.rows_per_step, cfg.max_steps_per_epoch
+    n_rows, n_profiles = 0, []
     for plan in plans:
-        names, size = [source.prefix_name(samples[index]) for index in plan.rows], setting.rows_per_step
+        names = [source.prefix_name(samples[index]) for index in plan.rows]
         order = epoch_order(
             names, epoch=0, rows_per_user=setting.rows_per_user, seed=FIRST_SEED, adapter=f"persona/{plan.adapter}"
-        )
-        counts += [len({names[i] for i in order[start : start + size]}) for start in range(0, len(order), size)]
-    return cfg.epochs * sum(len(plan.rows) for plan in plans), statistics.mean(counts)
+        )[: most_steps and most_steps * size]
+        n_rows += cfg.epochs * len(order)
+        n_profiles += [len({names[i] for i in order[start : start + size]}) for start in range(0, len(order), size)]
+    return n_rows, statistics.mean(n_profiles)
 
 
 if __name__ == "__main__":

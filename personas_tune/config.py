@@ -16,7 +16,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stderr
 from importlib import resources
+from io import StringIO
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -258,7 +260,9 @@ def parse_in_processes(recipe_main: Callable[[DictConfig, Processes], Any]) -> C
     def run() -> None:
         def checked_main() -> None:
             with joined() as processes:
-                recipe_main(_experiment_of_command_line(recipe_main.__doc__), processes)
+                with nullcontext() if processes.is_first else redirect_stderr(StringIO()):  # argparse's own messages
+                    cfg = _experiment_of_command_line(recipe_main.__doc__)
+                recipe_main(cfg, processes)
 
         sys.exit(exit_status_of(checked_main))
 

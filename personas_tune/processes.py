@@ -75,11 +75,15 @@ class Processes:
         """
         if self._store is None:
             return [value]
-        keys = self._exchange(value)
-        self._wait_until(lambda: self._store.check(keys), meanwhile)
-        values = [pickle.loads(self._store.get(key)) for key in keys]
-        self._forget_last_exchange()
-        return values
+        keys = self._exchange(value, meanwhile)
+        return self._read(keys)
+
+    def gather_in_first(self, value: T) -> list[T]:
+        """As :func:`gather`, but only the first process gets the values; the others get an empty list."""
+        if self._store is None:
+            return [value]
+        keys = self._exchange(value, meanwhile=lambda: None)
+        return self._read(keys if self.is_first else [])
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What the first process makes, in all of them; every process calls it. Raises as :meth:`gather` does."""
@@ -132,7 +136,7 @@ class Processes:
             self._let_speaker_end()
             raise
         except BaseException as error:
-            if self._store is None or self._store.add("failed", 1) == 1:
+            if self._may_tell(error):
                 self._has_spoken = True
                 raise
             status = getattr(error, "exit_status", 2)
@@ -147,16 +151,28 @@ class Processes:
         if self.is_first:
             self._wait_until(lambda: self._store.add("gone", 0) == self.size, lambda: None)
 
-    def _exchange(self, value: object) -> list[str]:
+    def _may_tell(self, error: BaseException) -> bool:
+        if self._store is None:
+            return True
+        try:
+            return bool(self._store.add("failed", 1) == 1)
+        except RuntimeError:  # the store is gone, and so is the process that it lived in: that is all the error says
+            return not isinstance(error, RuntimeError)
+
+    def _exchange(self, value: object, meanwhile: Callable[[], object]) -> list[str]:
+        """Put in a value, and wait until all have; gives where the values lie."""
         turn = self._n_exchanges
         self._n_exchanges += 1
         self._store.set(f"exchange {turn} {self.rank}", pickle.dumps(value))
-        return [f"exchange {turn} {rank}" for rank in range(self.size)]
+        keys = [f"exchange {turn} {rank}" for rank in range(self.size)]
+        self._wait_until(lambda: self._store.check(keys), meanwhile)
+        return keys
 
-    def _forget_last_exchange(self) -> None:
-        """Whoever has put in a value has read those of the exchange before."""
-        if self._n_exchanges > 1:
+    def _read(self, keys: list[str]) -> list[Any]:
+        values = [pickle.loads(self._store.get(key)) for key in keys]
+        if self._n_exchanges > 1:  # whoever has put in a value has read those of the exchange before
             self._store.delete_key(f"exchange {self._n_exchanges - 2} {self.rank}")
+        return values
 
     def _wait_until(self, done: Callable[[], bool], meanwhile: Callable[[], object]) -> None:
         while not done():

@@ -214,7 +214,7 @@ class Prompt(Section):
 
 
 class Training(Section):
-    prefix_sharing: Literal["auto", "off"] = "off"
+    prefix_sharing: Literal["auto", "off"] = "auto"
     schedule: Literal["one_by_one", "interleaved"] = "one_by_one"
     offload_waiting: bool = False
     checkpoint_every_n_steps: int | None = Field(default=None, ge=1)
@@ -333,7 +333,7 @@ class Experiment(Section):
     epochs: int = Field(default=2, ge=1)
     batch_size: int = Field(default=2, ge=1)
     gradient_accumulation_steps: int = Field(default=8, ge=1)
-    rows_per_user: int = Field(default=1, ge=1)
+    rows_per_user: int = Field(default=4, ge=1)
     max_steps_per_epoch: int | None = Field(default=None, ge=1)
     clip_grad_norm: float | None = Field(default=None, gt=0)
     validation_share: float | None = Field(default=None, gt=0, lt=1)

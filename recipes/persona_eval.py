@@ -40,6 +40,7 @@ from personas_tune.evaluation.predict import (
     prediction_table,
     share_of_rows,
 )
+from personas_tune.evaluation.readouts import Probabilities
 from personas_tune.evaluation.table import write_table
 from personas_tune.processes import Processes, take_own_device
 from personas_tune.workspace import (
@@ -84,7 +85,7 @@ class PersonaEvalRecipe:
         tables = {}
         for base_name in dict.fromkeys(self._base_of(agent) for agent in self.cfg.agents.values()):
             tables.update(self._predict_agents_on(base_name, stage))
-        return {name: tables[name] for name in self.cfg.agents}
+        return {name: tables[name] for name in self.cfg.agents if name in tables}
 
     def measure_baselines(self) -> Measurement:
         """The baselines and, for a world, the floor; reads every table that measuring needs."""
@@ -154,8 +155,9 @@ class PersonaEvalRecipe:
             self._load_adapters(agent, base)  # what is damaged or doesn't fit is told before hours of predicting
         tables = {}
         for name, agent in agents.items():
-            tables[name] = self._predict_agent(name, agent, base)
+            p, texts = self._predict_agent(name, agent, base)
             if self.processes.is_first:
+                tables[name] = prediction_table(self.samples, p, self.source.labels, texts)
                 stage.write_table(f"predictions_{name}.parquet", tables[name])
         return tables
 
@@ -166,7 +168,8 @@ class PersonaEvalRecipe:
         model = config.base_sections(self.cfg, base)["model"]
         return self.cfg.parallel == "fsdp" or is_too_large(model, self.cfg.device, self.cfg.dtype)
 
-    def _predict_agent(self, name: str, agent: DictConfig, base: BaseModel) -> pa.Table:
+    def _predict_agent(self, name: str, agent: DictConfig, base: BaseModel) -> tuple[Probabilities, list[str] | None]:
+        """Distributions and, if it generates, texts; in the first process those of all rows."""
         dataset = RatingDataset(base.tokenizer, self.source, self.samples, self._memories_of(agent))
         if dataset.n_shortened and self.processes.is_first:
             n_shortened = f"{dataset.n_shortened} of {len(dataset)}"
@@ -188,14 +191,14 @@ class PersonaEvalRecipe:
                     mine = predict_texts(base, dataset, rows, assignment, self._sampling(), limit, progress.update)
                 texts = self._from_all(rows, mine)
             progress.update(len(rows) - progress.n)
-        return prediction_table(self.samples, self._distributions[key], labels, texts)
+        return self._distributions[key], texts
 
     def _from_all(self, rows: Sequence[int], values: Sequence[Any]) -> list[Any]:
-        """Every process's values of its rows, in the order of the samples."""
+        """In the first process, every process's values of its rows, in the order of the samples; else none."""
         together: dict[int, Any] = {}
-        for of_process in self.processes.gather(dict(zip(rows, values, strict=True))):
+        for of_process in self.processes.gather_in_first(dict(zip(rows, values, strict=True))):
             together.update(of_process)
-        return [together[index] for index in range(len(self.samples))]
+        return [together[index] for index in sorted(together)]
 
     def _load_adapters(self, agent: DictConfig, base: BaseModel) -> dict[str, str] | None:
         if agent.adapters is None:

@@ -35,6 +35,8 @@ HUB_NAMES = {
 # Of a GPU's memory, for a base that is to leave room for adapters and activations.
 LARGEST_SHARE = 0.7
 
+_COMPILED_VARIANTS = 32  # of a layer
+
 # What of a torchtune tokenizer's arguments names a file.
 TOKENIZER_FILES = ("path", "special_tokens_path", "merges_file")
 
@@ -113,6 +115,9 @@ def load_base(
         _load_weights(network, checkpointer)
     chat = _load_tokenizer(tokenizer, network)
     if compile:
+        # A layer runs on whole rows, prefixes and branches, first and other lengths, with and without a gradient of
+        # its input: ten variants. torch gives up at 8 by default, and runs the rest uncompiled.
+        torch._dynamo.config.recompile_limit = max(_COMPILED_VARIANTS, torch._dynamo.config.recompile_limit)
         training.compile_model(network, verbose=False)
     return BaseModel(
         model=network,

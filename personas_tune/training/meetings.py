@@ -69,6 +69,7 @@ class Meetings:
 
     def _meet(self, signal: int | None, *, finished: bool) -> tuple[int | None, bool]:
         """Wait for all processes. Unless every one has finished, they write a checkpoint."""
+        self._hear()
         said = self.processes.gather((signal, finished), meanwhile=self._hear)
         self._hear()
         signals = [each for each, _ in said if each is not None]

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from several import Outcome
 from tiny import base_sections
 
 from personas_tune.workspace import MANIFEST
@@ -162,15 +163,6 @@ def write_yaml(path: Path, experiment: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(experiment, sort_keys=False), encoding="utf-8")
     return path
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a recipe printed, and its exit status."""
-
-    status: int
-    out: str
-    err: str
 
 
 def run_recipe(recipe: str, config: Path | str, *overrides: str) -> Outcome:

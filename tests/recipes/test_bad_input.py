@@ -924,12 +924,14 @@ def test_a_gpu_that_is_not_there_is_asked_for_in_vain(folder):
     assert state_of(folder) == before
 
 
-@pytest.mark.parametrize("recipe", ["persona_lora", "persona_pipeline", "persona_prepare"])
+@pytest.mark.parametrize(
+    "recipe", ["persona_prepare", "persona_distill", "persona_cluster", "persona_raft", "persona_base"]
+)
 def test_of_several_processes_the_first_refuses_and_the_others_are_silent(recipe, folder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     before = state_of(folder)
     for rank, expected in (
-        ("0", "error: --nproc_per_node: training in 2 processes is not built yet; leave"),
+        ("0", "error: --nproc_per_node: this recipe runs in one process, not in 2; leave the flag out; persona_lora,"),
         ("1", ""),
     ):
         monkeypatch.setenv("RANK", rank)

@@ -2,20 +2,16 @@
 
 import os
 import random
-import runpy
 import shutil
 import signal
-import sys
 import time
 from contextlib import suppress
-from multiprocessing import get_context
 from pathlib import Path
-from threading import RLock
 
 import pytest
-from pipelines import Outcome, files_below, run_recipe, write_yaml
+from pipelines import files_below, run_recipe, write_yaml
+from several import Started
 from tiny import base_sections, write_experiment
-from tqdm import tqdm
 
 from personas_tune.training import fit
 from personas_tune.training.checkpoints import MARKER, Checkpoints
@@ -82,49 +78,6 @@ def complete(root):
     return []
 
 
-# A process of its own
-
-
-def _run(arguments, output):
-    """In the child: what `tune run` does, with what it prints in a file."""
-    with Path(output).open("w") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-    tqdm.set_lock(RLock())  # its own would outlive a kill
-    sys.argv = ["persona_lora", *arguments]
-    runpy.run_module("persona_lora", run_name="__main__")
-
-
-class Child:
-    """persona_lora in a process that can be killed; it is forked from one that has imported everything."""
-
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["torchtune.training", "personas_tune.training.checkpoints", "pyarrow.parquet"])
-
-    def __init__(self, config, root, *overrides):
-        self.output = root.parent / "output.txt"
-        arguments = ["--config", str(config), f"output_dir={root}", *overrides]
-        self.process = self.context.Process(target=_run, args=(arguments, str(self.output)))
-        self.process.start()
-
-    def wait_until(self, happened):
-        """Look again and again; give whether it happened before the process ended."""
-        while self.process.is_alive():
-            if happened():
-                return True
-            time.sleep(0.0002)
-        return False
-
-    def send(self, number):
-        os.kill(self.process.pid, number)
-        return self.end()
-
-    def end(self):
-        self.process.join(120)
-        assert self.process.exitcode is not None, "it hangs"
-        return Outcome(self.process.exitcode, "", self.output.read_text())
-
-
 def finish(config, root, *overrides):
     outcome = run_recipe("persona_lora", config, f"output_dir={root}", *overrides)
     assert outcome.status == 0, outcome.err
@@ -135,10 +88,10 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_bytes_of_an_unbroken
     draw = random.Random(0)
     for kill in range(3):
         steps_before = max(complete(root), default=0)
-        child = Child(config, root)
+        child = Started("persona_lora", config, root)
         if child.wait_until(lambda before=steps_before: max(complete(root), default=0) > before):
             time.sleep(draw.uniform(0, 0.2))
-        outcome = child.send(signal.SIGKILL)
+        (outcome,) = child.send(signal.SIGKILL)
         assert kill == 2 or outcome.status == -signal.SIGKILL, outcome.err
     finish(config, root)
     assert files_below(root / "adapters") == unbroken
@@ -147,10 +100,10 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_bytes_of_an_unbroken
 
 def test_a_run_that_is_killed_while_it_saves_ends_with_the_bytes_of_an_unbroken_one(config, root, unbroken):
     for step in (1, 3, 5):
-        child = Child(config, root, "training.keep_last_n_checkpoints=1")
+        child = Started("persona_lora", config, root, "training.keep_last_n_checkpoints=1")
         temporary = checkpoints(root) / f"step_{step}.tmp"
         assert child.wait_until(temporary.exists)
-        assert child.send(signal.SIGKILL).status == -signal.SIGKILL
+        assert child.send(signal.SIGKILL)[0].status == -signal.SIGKILL
         assert len(complete(root)) <= 2  # the one before is only removed when this one is whole
         assert max(complete(root), default=0) in (step - 1, step)
     finish(config, root)
@@ -159,9 +112,9 @@ def test_a_run_that_is_killed_while_it_saves_ends_with_the_bytes_of_an_unbroken_
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_told_to_stop_it_finishes_the_step_saves_it_and_says_so(config, root, unbroken, number, status):
-    child = Child(config, root, "training.checkpoint_every_n_steps=2")
+    child = Started("persona_lora", config, root, "training.checkpoint_every_n_steps=2")
     assert child.wait_until(lambda: 2 in complete(root))
-    outcome = child.send(number)
+    (outcome,) = child.send(number)
     assert outcome.status == status
     (line,) = [line for line in outcome.err.splitlines() if "error" in line]
     step = max(complete(root))
@@ -178,10 +131,10 @@ def test_told_to_stop_it_finishes_the_step_saves_it_and_says_so(config, root, un
 
 
 def test_before_it_trains_it_ends_at_once(config, root):
-    child = Child(config, root)
-    assert child.wait_until(lambda: list(root.glob("adapters/.persona.*.tmp")))
+    child = Started("persona_lora", config, root)
+    assert child.wait_until(lambda: list(root.glob("adapters/.persona.tmp")))
     time.sleep(0.1)
-    outcome = child.send(signal.SIGTERM)
+    (outcome,) = child.send(signal.SIGTERM)
     assert outcome.status == 143
     assert outcome.err.splitlines()[-1].startswith("error: interrupted: ")
     assert [path.name for path in (root / "adapters").glob("*.tmp")] == []
@@ -313,7 +266,7 @@ def test_by_default_a_checkpoint_is_written_whenever_an_adapter_ends_an_epoch(co
     saved = []
     save_as_ever = Checkpoints.save
     monkeypatch.setattr(
-        Checkpoints, "save", lambda self, step, parts: (saved.append(step), save_as_ever(self, step, parts))
+        Checkpoints, "save", lambda self, step, *rest: (saved.append(step), save_as_ever(self, step, *rest))
     )
     finish(config, root, "training.checkpoint_every_n_steps=null")
     assert saved == [3, 6, 9]  # after the last step the adapters themselves are written

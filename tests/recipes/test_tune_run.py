@@ -41,21 +41,21 @@ def test_a_local_config_takes_overrides_whose_values_hold_an_equals_sign_and_pat
     assert set(stage_folders(Path("runs/lr=1"))) == {"data"}
 
 
-def test_several_processes_are_refused_in_one_line_and_train_nothing(csv_run: Finished, tmp_path: Path) -> None:
+def test_a_recipe_of_one_process_refuses_several_and_writes_nothing(csv_run: Finished, tmp_path: Path) -> None:
     """Rank 0 exits with 2; torchrun, which started it, reports that and makes `tune` exit with 1."""
     outcome = tune(
         tmp_path,
         "run",
         "--nproc_per_node",
         "2",
-        "persona_lora",
+        "persona_prepare",
         "--config",
         csv_run.config,
         f"output_dir={tmp_path}/out",
     )
     assert errors_of(outcome.err) == [
-        "error: --nproc_per_node: training in 2 processes is not built yet; "
-        "leave the flag out: one process trains every persona"
+        "error: --nproc_per_node: this recipe runs in one process, not in 2; "
+        "leave the flag out; persona_lora, persona_eval and persona_pipeline take it"
     ]
     assert outcome.status == 1
     assert "exitcode  : 2" in outcome.err

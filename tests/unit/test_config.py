@@ -515,6 +515,7 @@ def test_several_processes_are_refused_by_the_first_alone(run, monkeypatch, rank
     monkeypatch.setenv("RANK", rank)
     status, cfg, out, err = run("--config", "c.yaml")
     assert (status, cfg, out, len(err.splitlines())) == (2, None, "", lines)
+    assert ("this recipe runs in one process, not in 4; leave the flag out" in err) == bool(lines)
 
 
 def test_one_process_under_torchrun_is_like_none(run, monkeypatch):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from personas_tune.training.schedule import move_training_state, next_in_turn
+from personas_tune.training.schedule import Progress, checkpoint_turns, move_training_state, next_in_turn
 
 sizes = st.lists(st.integers(1, 12), min_size=1, max_size=6)
 
@@ -64,6 +64,67 @@ def test_a_resumed_schedule_goes_on_as_the_unbroken_one(n_steps, schedule, data)
     broken_at = data.draw(st.integers(0, len(whole)))
     done = [whole[:broken_at].count(index) for index in range(len(n_steps))]
     assert turns(n_steps, schedule, done) == whole[broken_at:]
+
+
+# Checkpoints
+
+SCHEDULES = st.sampled_from(["one_by_one", "interleaved"])
+epochs_of = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 3)), min_size=1, max_size=4)
+
+
+def team_of(shape):
+    """Adapters by their steps per epoch and their epochs, none of which has begun."""
+    return [Progress(0, steps * epochs, steps) for steps, epochs in shape]
+
+
+def after(team, order, turn):
+    """The team after so many of its turns."""
+    done = [each.steps_done + order[:turn].count(index) for index, each in enumerate(team)]
+    return [Progress(d, each.n_steps, each.steps_per_epoch) for d, each in zip(done, team, strict=True)]
+
+
+def order_of(team, schedule):
+    return turns([each.n_steps for each in team], schedule, [each.steps_done for each in team])
+
+
+@given(epochs_of, SCHEDULES, st.integers(1, 7))
+def test_one_team_writes_a_checkpoint_each_time_so_many_steps_are_done(shape, schedule, every):
+    n_steps = sum(steps * epochs for steps, epochs in shape)
+    expected = {turn for turn in range(1, n_steps) if turn % every == 0}
+    assert checkpoint_turns([team_of(shape)], schedule, every) == expected
+
+
+@given(epochs_of, SCHEDULES)
+def test_one_team_writes_a_checkpoint_whenever_none_of_its_adapters_is_within_an_epoch(shape, schedule):
+    team = team_of(shape)
+    order = order_of(team, schedule)
+    expected = {
+        turn
+        for turn in range(1, len(order))
+        if all(each.steps_done % each.steps_per_epoch == 0 for each in after(team, order, turn))
+    }
+    assert checkpoint_turns([team], schedule, None) == expected
+
+
+@given(epochs_of, SCHEDULES, st.none() | st.integers(1, 7), st.data())
+def test_a_resumed_team_writes_the_checkpoints_that_were_left(shape, schedule, every, data):
+    team = team_of(shape)
+    order = order_of(team, schedule)
+    begun = data.draw(st.integers(0, len(order)))
+    due = checkpoint_turns([team], schedule, every)
+    left = checkpoint_turns([after(team, order, begun)], schedule, every)
+    assert left == {turn - begun for turn in due if turn > begun}
+
+
+def test_teams_count_their_steps_together_and_the_longest_ones_epochs_count():
+    short, long = team_of([(2, 1)]), team_of([(3, 2)])
+    assert checkpoint_turns([short, long], "one_by_one", 3) == {2, 4}  # 2, 4, 5, 6, 7 and 8 steps are done
+    assert checkpoint_turns([short, long], "one_by_one", None) == {3}
+    assert checkpoint_turns([short, [], long], "one_by_one", 100) == set()
+    assert checkpoint_turns([], "one_by_one", None) == checkpoint_turns([[]], "one_by_one", 1) == set()
+
+
+# Waiting
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adagrad, partial(torch.optim.SGD, momentum=0.9)])
