@@ -2,6 +2,7 @@ r"""Evaluation beside a forward per row, transformers' generate and torchtune's 
 
     OMP_NUM_THREADS=1 python benchmarks/evaluation_peers.py
     OMP_NUM_THREADS=1 python benchmarks/evaluation_peers.py --branch 150 200 --rows 4 8 16 32
+    OMP_NUM_THREADS=1 python benchmarks/evaluation_peers.py --flops     # what each way computes, instead of its time
     python benchmarks/evaluation_peers.py --model phi3_mini --device cuda --dtype bfloat16 --branch 150 200 \
         --rows 4 8 16 32 --prompts 64 --batch-sizes 2 4 8 16 32 --max-tokens 4096 8192 16384 32768 --rounds 5
 
@@ -41,6 +42,7 @@ import torch
 import torchtune
 import transformers
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchtune.data import left_pad_sequence
 from torchtune.generation import generate as torchtune_generate
 from torchtune.models.phi3 import lora_phi3, phi3
@@ -121,7 +123,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             models.cast(dtype)
             show_equal(models, prompts_of(cases[0]), args.batch_sizes[-1], args.max_tokens[-1])
         for case in cases:
-            compare(models, case, args)
+            if args.flops:
+                count(models, case, args)
+            else:
+                compare(models, case, args)
         del models
 
 
@@ -139,6 +144,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--flops", action="store_true", help="count operations instead of seconds")
     parser.add_argument(
         "--quick", action="store_true", help="a tiny model and few tokens: seconds, figures mean nothing"
     )
@@ -430,6 +436,27 @@ def compare(models: Models, case: Case, args: argparse.Namespace) -> None:
     for name, rate in rates.items():
         times = "".join(f"{rates[ours] / rate:12.2f} x" for ours in ("expected", "generate"))
         print(f"{name:<22}{rate:10.2f} {f'({best[name]})':>6}{times}{max(mb for _, mb in runs[name]):9.0f}", flush=True)
+
+
+def count(models: Models, case: Case, args: argparse.Namespace) -> None:
+    """What each way computes, at its first setting: no time can be better than in proportion to that."""
+    prompts = prompts_of(case)
+    each = ways(models, prompts, args)
+    flops = {name: operations(partial(way.run, way.settings[0])) / len(prompts) for name, way in each.items()}
+    print(
+        f"vocabulary {case.vocab}, prefix {case.prefix}, branch {case.branch}, N {case.rows}, {case.n_users} users,"
+        f" tokens {token_ratio(case):.2f}\n                       GFLOP a row   expected is   generate is"
+    )
+    for name, of_row in flops.items():
+        times = "".join(f"{of_row / flops[ours]:12.2f} x" for ours in ("expected", "generate"))
+        print(f"{name:<22}{of_row / 1e9:12.2f}{times}", flush=True)
+
+
+def operations(run: Callable[[], object]) -> int:
+    """Of matrix products; on a CPU attention kernels aren't counted."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
 
 
 def best_setting(way: Way, device: str) -> int:

@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, default=140)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--personas", type=int, default=4)
+    parser.add_argument("--rows-per-step", type=int, default=16)
     parser.add_argument("--rows", type=int, default=22488, help="of the whole training: the paper's 11,244, twice")
     args = parser.parse_args()
     shape = Shape(args.dim, args.layers, args.ffn, args.vocab, args.rank)
@@ -81,8 +82,11 @@ def line(args: argparse.Namespace, shape: Shape, branch: int, n: int, recompute:
     gpus = ""
     for n_gpus in args.gpus:
         adapters = max(1, -(-args.personas // n_gpus))
+        of_one = args.rows_per_step // max(1, n_gpus // args.personas)  # a step's rows, shared by a persona's GPUs
+        together = row_cost(shape, args.prefix, branch, min(n, of_one), recompute)
+        minutes = args.rows * together / (args.tflops * 1e12) / n_gpus / 60
         gigabytes = memory(shape, args.prefix, branch, min(n, args.batch_size), adapters, recompute) / 1e9
-        gpus += f"{args.rows / rate / n_gpus / 60:17.1f}{gigabytes:9.1f}"
+        gpus += f"{minutes:17.1f}{gigabytes:9.1f}"
     kind = "yes" if recompute else "no"
     return f"{kind:>9}{branch:8}{n:15}{rate:14.1f}{plain / cost:7.2f}{tokens:8.2f}{gpus}"
 

@@ -97,6 +97,23 @@ class Interrupted(PersonasTuneError):  # noqa: N818
         self.exit_status = 128 + signal_number
 
 
+class ProcessError(PersonasTuneError):
+    """Another process of the run that can't be reached any more."""
+
+
+class OtherProcessFailed(PersonasTuneError):  # noqa: N818
+    """Another process has failed, and has said why."""
+
+    def __init__(self, exit_status: int = 2) -> None:
+        super().__init__("another process failed")
+        self.exit_status = exit_status
+
+    @property
+    def lines(self) -> list[str]:
+        """None: it was said once."""
+        return []
+
+
 class ClusteringError(PersonasTuneError):
     """Users that can't be grouped as asked."""
 

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from personas_tune.errors import ConfigError, PersonasTuneError
+from personas_tune.errors import ConfigError, OtherProcessFailed, ProcessError
 
 T = TypeVar("T")
 
@@ -21,22 +21,10 @@ _POLL_EVERY = 0.02  # seconds
 # torchrun ends all processes once one has ended: whoever has nothing to say lets the one that has be the first.
 _SPEAKER_ENDS_WITHIN = 10  # seconds
 _SIGNALLED = 128  # from which on an exit status says that a signal ended a process
+_LARGEST_VALUE = 4 * 2**20  # bytes; torch's store refuses 8 MiB
 _LONGEST_COLLECTIVE = timedelta(hours=2)  # beyond that something hangs
 # What torchrun tells a process; without them it is the only one.
 _TORCHRUN_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-
-
-class OtherProcessFailed(PersonasTuneError):  # noqa: N818
-    """Another process has failed, and has said why."""
-
-    def __init__(self, exit_status: int = 2) -> None:
-        super().__init__("another process failed")
-        self.exit_status = exit_status
-
-    @property
-    def lines(self) -> list[str]:
-        """None: it was said once."""
-        return []
 
 
 class Processes:
@@ -138,6 +126,12 @@ class Processes:
         except BaseException as error:
             if self._may_tell(error):
                 self._has_spoken = True
+                if _is_of_a_lost_process(error):
+                    raise ProcessError(
+                        f"another process can't be reached ({' '.join(str(error).split())[:200]})",
+                        where="several processes",
+                        remedy="see what ended it, and run the same command to go on",
+                    ) from error
                 raise
             status = getattr(error, "exit_status", 2)
             if status < _SIGNALLED:  # torchrun, which was told to end, too, waits for all
@@ -163,16 +157,33 @@ class Processes:
         """Put in a value, and wait until all have; gives where the values lie."""
         turn = self._n_exchanges
         self._n_exchanges += 1
-        self._store.set(f"exchange {turn} {self.rank}", pickle.dumps(value))
+        self._put(f"exchange {turn} {self.rank}", value)
         keys = [f"exchange {turn} {rank}" for rank in range(self.size)]
         self._wait_until(lambda: self._store.check(keys), meanwhile)
         return keys
 
     def _read(self, keys: list[str]) -> list[Any]:
-        values = [pickle.loads(self._store.get(key)) for key in keys]
+        values = [self._get(key) for key in keys]
         if self._n_exchanges > 1:  # whoever has put in a value has read those of the exchange before
-            self._store.delete_key(f"exchange {self._n_exchanges - 2} {self.rank}")
+            self._forget(f"exchange {self._n_exchanges - 2} {self.rank}")
         return values
+
+    def _put(self, key: str, value: object) -> None:
+        """Put in a value in parts; the key itself comes last, and says how many there are."""
+        data = pickle.dumps(value)
+        starts = range(0, len(data), _LARGEST_VALUE)
+        for number, start in enumerate(starts):
+            self._store.set(f"{key} {number}", data[start : start + _LARGEST_VALUE])
+        self._store.set(key, str(len(starts)))
+
+    def _get(self, key: str) -> Any:
+        n_parts = int(self._store.get(key))
+        return pickle.loads(b"".join(self._store.get(f"{key} {number}") for number in range(n_parts)))
+
+    def _forget(self, key: str) -> None:
+        for number in range(int(self._store.get(key))):
+            self._store.delete_key(f"{key} {number}")
+        self._store.delete_key(key)
 
     def _wait_until(self, done: Callable[[], bool], meanwhile: Callable[[], object]) -> None:
         while not done():
@@ -184,6 +195,13 @@ class Processes:
     def _let_speaker_end(self) -> None:
         if not self._has_spoken and "TORCHELASTIC_RUN_ID" in os.environ:
             time.sleep(_SPEAKER_ENDS_WITHIN)
+
+
+def _is_of_a_lost_process(error: BaseException) -> bool:
+    """Whether a collective operation failed since a process is gone; gloo and NCCL have errors of their own."""
+    return isinstance(error, RuntimeError) and any(
+        word in str(error) for word in ("gloo", "NCCL", "c10d", "ProcessGroup")
+    )
 
 
 _current: Processes | None = None

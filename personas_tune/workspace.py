@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from errno import ENOSPC, ENOTDIR
+from errno import ENOLCK, ENOSPC, ENOSYS, ENOTDIR, EOPNOTSUPP
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -384,6 +384,7 @@ def open_stage(
 
     Raises:
         MissingInputError: If an input isn't there.
+        ConfigError: If the folder can't be written, the disk is full, or another run is writing it.
     """
     input_hashes = sha256_of_inputs(inputs)
     key = stage_key({**settings, "seed": seed}, input_hashes)
@@ -407,26 +408,44 @@ def open_stage(
             f"can't write there ({error.strerror})", where=str(folder), remedy="set output_dir to a writable folder"
         ) from error
     try:
-        yield stage
-        manifest = {
-            "key": key,
-            "seed": seed,
-            "settings": settings,
-            "inputs": input_hashes,
-            "outputs": {name: sha256_of_file(path) for name, path in sorted(stage._written.items())},
-            "versions": _versions(),
-            "platform": sys.platform,
-        }
-        _move_into_place(stage, to_json(manifest))
+        with full_disk_in_a_line(folder):
+            yield stage
+            _finish(stage, key, settings, input_hashes, seed)
+    finally:
+        _clear_away(staging, made)
+        lock.close()
+
+
+@contextmanager
+def full_disk_in_a_line(folder: Path) -> Iterator[None]:
+    """Tell that the disk is full as any other mistake.
+
+    Raises:
+        ConfigError: If it is.
+    """
+    try:
+        yield
     except OSError as error:
         if error.errno != ENOSPC:
             raise
         raise ConfigError(
             "no space left on the disk", where=str(folder), remedy="free some, or set output_dir elsewhere"
         ) from error
-    finally:
-        _clear_away(staging, made)
-        lock.close()
+
+
+def _finish(
+    stage: Stage, key: str, settings: Mapping[str, Any], input_hashes: Mapping[str, str], seed: int | None
+) -> None:
+    manifest = {
+        "key": key,
+        "seed": seed,
+        "settings": settings,
+        "inputs": input_hashes,
+        "outputs": {name: sha256_of_file(path) for name, path in sorted(stage._written.items())},
+        "versions": _versions(),
+        "platform": sys.platform,
+    }
+    _move_into_place(stage, to_json(manifest))
 
 
 def _claim(staging: Path) -> IO[bytes]:
@@ -436,21 +455,34 @@ def _claim(staging: Path) -> IO[bytes]:
         BlockingIOError: If another run has it.
         OSError: If it can't be made.
     """
-    staging.mkdir(parents=True, exist_ok=True)
-    lock = (staging / _LOCK).open("ab")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not _is_there(lock, staging / _LOCK):  # the other run has just ended, and removed it
-            return _claim(staging)
-    except OSError:
+    while True:
+        staging.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = (staging / _LOCK).open("ab")
+        except FileNotFoundError:  # another run has just ended, and removed the folder
+            continue
+        try:
+            _lock(lock)
+        except OSError:
+            lock.close()
+            raise
+        if _is_there(lock, staging / _LOCK):
+            break
         lock.close()
-        raise
     for left in staging.iterdir():
         if left.is_dir():
             shutil.rmtree(left)
         elif left.name != _LOCK:
             left.unlink()
     return lock
+
+
+def _lock(file: IO[bytes]) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (ENOSYS, ENOLCK, EOPNOTSUPP):  # some shared file systems have no locks
+            raise
 
 
 def _is_there(opened: IO[bytes], path: Path) -> bool:

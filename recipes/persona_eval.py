@@ -22,7 +22,7 @@ from personas_tune import config
 from personas_tune.adapters.base_model import (
     BaseModel,
     checkpoint_inputs,
-    is_too_large,
+    is_to_be_sharded,
     load_base,
     missing_base_files,
 )
@@ -144,12 +144,12 @@ class PersonaEvalRecipe:
 
     def _predict_agents_on(self, base_name: str | None, stage: Stage) -> dict[str, pa.Table]:
         """The agents of one base, which is let go of on return, before the next one is loaded."""
-        base = load_base(
-            **config.base_sections(self.cfg, base_name),
-            device=self.cfg.device,
-            dtype=self.cfg.dtype,
-            sharded=self._is_sharded(base_name),
+        sections = config.base_sections(self.cfg, base_name)
+        where = {"device": self.cfg.device, "dtype": self.cfg.dtype}
+        sharded = self.processes.from_first(
+            lambda: is_to_be_sharded(self.cfg.parallel, self.processes.size, sections["model"], **where)
         )
+        base = load_base(**sections, **where, sharded=sharded)
         agents = {name: agent for name, agent in self.cfg.agents.items() if self._base_of(agent) == base_name}
         for agent in {agent.adapters: agent for agent in agents.values()}.values():
             self._load_adapters(agent, base)  # what is damaged or doesn't fit is told before hours of predicting
@@ -160,13 +160,6 @@ class PersonaEvalRecipe:
                 tables[name] = prediction_table(self.samples, p, self.source.labels, texts)
                 stage.write_table(f"predictions_{name}.parquet", tables[name])
         return tables
-
-    def _is_sharded(self, base: str | None) -> bool:
-        """Whether the processes hold a part of the base each: ``auto`` is ``fsdp`` for one too large for a GPU."""
-        if self.processes.size == 1 or self.cfg.parallel not in ("auto", "fsdp"):
-            return False
-        model = config.base_sections(self.cfg, base)["model"]
-        return self.cfg.parallel == "fsdp" or is_too_large(model, self.cfg.device, self.cfg.dtype)
 
     def _predict_agent(self, name: str, agent: DictConfig, base: BaseModel) -> tuple[Probabilities, list[str] | None]:
         """Distributions and, if it generates, texts; in the first process those of all rows."""

@@ -28,7 +28,7 @@ from personas_tune.adapters.base_model import (
     TOKENIZER_FILES,
     BaseModel,
     checkpoint_inputs,
-    is_too_large,
+    is_to_be_sharded,
     load_base,
     missing_base_files,
 )
@@ -58,6 +58,7 @@ from personas_tune.training.teams import Place, Team, form_team, place_adapters
 from personas_tune.workspace import (
     Stage,
     Workspace,
+    full_disk_in_a_line,
     missing_inputs,
     open_stage,
     prompt_inputs,
@@ -102,13 +103,26 @@ class PersonaLoraRecipe:
             seed=cfg.seed,
         )
         self._resume: bool | str | None = cfg.resume_from_checkpoint
+        self._sharded = self.processes.from_first(self._find_sharded)
         self._bases: dict[str | None, BaseModel] = {}
         self._datasets: dict[tuple[str | None, str], RatingDataset] = {}
+
+    @property
+    def _base_names(self) -> list[str | None]:
+        return list(dict.fromkeys(adapter_set.base for adapter_set in self.cfg.adapter_sets.values()))
+
+    def _find_sharded(self) -> dict[str | None, bool]:
+        """Of which bases each process is to hold a part."""
+        models = {name: config.base_sections(self.cfg, name)["model"] for name in self._base_names}
+        shared = (self.cfg.parallel, self.processes.size)
+        return {
+            name: is_to_be_sharded(*shared, model, self.cfg.device, self.cfg.dtype) for name, model in models.items()
+        }
 
     def _require_inputs(self) -> None:
         """Name all that is missing at once: stages to run, checkpoints to get."""
         missing = missing_inputs(prompt_inputs(self.workspace))
-        for base in dict.fromkeys(adapter_set.base for adapter_set in self.cfg.adapter_sets.values()):
+        for base in self._base_names:
             missing += missing_base_files(**config.base_sections(self.cfg, base))
         raise_together(missing)
 
@@ -128,15 +142,22 @@ class PersonaLoraRecipe:
             validation_share=self.cfg.validation_share,
             seed=self.cfg.seed,
         )
-        places = place_adapters(
-            [len(plan.rows) for plan in plans], self.processes.size, self._parallel(adapter_set.base)
-        )
-        checkpoints = self._checkpoints(name, settings, inputs, plans, places)
+        sharded = self._sharded[adapter_set.base]
+        parallel = "fsdp" if sharded else self.cfg.parallel
+        places = place_adapters([len(plan.rows) for plan in plans], self.processes.size, parallel)
+        shared = {
+            plans[index].adapter: f"{len(place.ranks)} in step" if sharded else str(len(place.ranks))
+            for place in places
+            for index in place.adapters
+            if len(place.ranks) > 1
+        }
+        checkpoints = self._checkpoints(name, settings, inputs, shared)
         opened = partial(open_stage, self.workspace.adapter_set(name), settings, inputs, seed=self.cfg.seed)
         with self.processes.held_by_first(opened) as stage:
             if stage.is_current:
                 self._say(f"adapters/{name} is up to date")
-                checkpoints.remove_leftovers()
+                if self.processes.is_first:
+                    checkpoints.remove_leftovers()
                 return
             start = self._find_checkpoint(name, checkpoints)
             self._train_plans(name, plans, places, stage, checkpoints, start)
@@ -159,24 +180,11 @@ class PersonaLoraRecipe:
         }
 
     def _checkpoints(
-        self,
-        name: str,
-        settings: dict[str, Any],
-        inputs: Sequence[Path],
-        plans: Sequence[AdapterPlan],
-        places: Sequence[Place],
+        self, name: str, settings: dict[str, Any], inputs: Sequence[Path], shared: dict[str, str]
     ) -> Checkpoints:
-        settings, hashes = (
-            {**settings, "seed": self.cfg.seed},
-            self.processes.from_first(lambda: sha256_of_inputs(inputs)),
-        )
+        settings = {**settings, "seed": self.cfg.seed}
+        hashes = self.processes.from_first(lambda: sha256_of_inputs(inputs))
         device = self.cfg.device.partition(":")[0]
-        shared = {
-            plans[index].adapter: len(place.ranks)
-            for place in places
-            for index in place.adapters
-            if len(place.ranks) > 1
-        }
         origin = Origin(name, settings, hashes, device, stage_key(settings, hashes), shared)
         folder = checkpoint_folder(self.workspace.adapter_set(name))
         return Checkpoints(folder, origin, self.cfg.training.keep_last_n_checkpoints)
@@ -231,7 +239,8 @@ class PersonaLoraRecipe:
             raise Interrupted(signal_number, self._what_is_kept(set_name, self._n_done(jobs, team), n_steps))
         for job in jobs:
             if team.leads:
-                self._save(base, job, stage)
+                with full_disk_in_a_line(stage.folder):
+                    self._save(base, job, stage)
             base.bank.remove(job.name)
         for names in self.processes.gather(stage.written):
             stage.include(names)
@@ -295,6 +304,7 @@ class PersonaLoraRecipe:
     def _job(self, base: BaseModel, dataset: RatingDataset, set_name: str, plan: AdapterPlan, team: Team) -> AdapterJob:
         name = f"{set_name}/{plan.adapter}"
         adapter = base.bank.add_new(name, self.cfg.seed, stream=team.index)
+        team.spread(adapter.masters.values())  # GPUs of different kinds may draw different weights
         optimizer = config.instantiate(
             self.cfg, "optimizer", list(adapter.masters.values()), default="torch.optim.AdamW", lr=3e-4
         )
@@ -362,13 +372,6 @@ class PersonaLoraRecipe:
             return f"{what}, its checkpoint is kept; leave out resume_from_checkpoint=false"
         return f"{what}, its checkpoint is kept"
 
-    def _parallel(self, base: str | None) -> str:
-        """How the processes share the work on a base: ``auto`` is ``fsdp`` for one that is too large for a GPU."""
-        if self.cfg.parallel != "auto" or self.processes.size == 1:
-            return str(self.cfg.parallel)
-        model = config.base_sections(self.cfg, base)["model"]
-        return "fsdp" if is_too_large(model, self.cfg.device, self.cfg.dtype) else "auto"
-
     def _base(self, name: str | None) -> BaseModel:
         if name not in self._bases:
             self._bases.clear()  # one base in memory at a time
@@ -378,7 +381,7 @@ class PersonaLoraRecipe:
                 dtype=self.cfg.dtype,
                 enable_activation_checkpointing=self.cfg.enable_activation_checkpointing,
                 compile=self.cfg.compile,
-                sharded=self._parallel(name) == "fsdp" and self.processes.size > 1,
+                sharded=self._sharded[name],
             )
         return self._bases[name]
 

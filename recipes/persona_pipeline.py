@@ -9,6 +9,7 @@ import runpy
 import shlex
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
@@ -17,6 +18,7 @@ from omegaconf import DictConfig
 from personas_tune import config
 from personas_tune.errors import ConfigError
 from personas_tune.processes import Processes, alone
+from personas_tune.training.stopping import sigterm_in_a_line
 from personas_tune.workspace import MANIFEST
 
 STAGES = ("persona_prepare", "persona_distill", "persona_cluster", "persona_raft", "persona_lora", "persona_eval")
@@ -41,7 +43,8 @@ def run_stage_in(processes: Processes, name: str) -> int:
         with alone():
             return run_stage(name)
 
-    return processes.from_first(run_alone)
+    with nullcontext() if processes.is_first else sigterm_in_a_line():
+        return processes.from_first(run_alone)
 
 
 def print_artefacts(cfg: DictConfig) -> None:

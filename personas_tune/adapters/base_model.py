@@ -140,6 +140,13 @@ def is_too_large(model: Mapping[str, Any], device: str, dtype: str) -> bool:
     return size_of_base(model, dtype) > LARGEST_SHARE * room
 
 
+def is_to_be_sharded(parallel: str, n_processes: int, model: Mapping[str, Any], device: str, dtype: str) -> bool:
+    """Whether several processes shall each hold a part of a base: told to, or it is too large for this one's GPU."""
+    if n_processes == 1 or parallel not in ("auto", "fsdp"):
+        return False
+    return parallel == "fsdp" or is_too_large(model, device, dtype)
+
+
 def size_of_base(model: Mapping[str, Any], dtype: str) -> int:
     """Bytes of a base's weights on a device; nothing is loaded."""
     with training.set_default_dtype(training.get_dtype(dtype, device=torch.device("cpu"))), torch.device("meta"):

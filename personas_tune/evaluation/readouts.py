@@ -63,8 +63,10 @@ def label_probabilities(
 
 def _log_p(reader: PrefixReader, batch: AnswerBatch) -> Tensor:
     """Log probability of each answer token, shape ``(N,)``; only these leave the GPU."""
-    log_p = reader.place_logits(batch).double().log_softmax(-1)
-    return log_p[batch.place.to(log_p.device), batch.targets.to(log_p.device)].cpu()
+    logits = reader.place_logits(batch)
+    log_sums = logits.logsumexp(-1)
+    place, targets = batch.place.to(logits.device), batch.targets.to(logits.device)
+    return (logits[place, targets] - log_sums[place]).double().cpu()
 
 
 def _read_prompts(

@@ -45,7 +45,8 @@ class Origin:
         settings: What decides the adapters, the seed included, as plain JSON values without secrets.
         inputs: sha256 of the files read, by path.
         device: ``cpu`` or ``cuda``: each has random streams of its own.
-        shared: By adapter, how many processes share its rows, where it is more than one: so do they.
+        shared: By adapter, which processes share its rows (``2``, or ``2 in step`` where they share the base, too), if
+            it is more than one: each has random streams of its own, too.
         key: The stage's, from the same settings and inputs (see :func:`~personas_tune.workspace.stage_key`).
     """
 
@@ -54,7 +55,7 @@ class Origin:
     inputs: Mapping[str, str]
     device: str
     key: str
-    shared: Mapping[str, int] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
 
     def differences_to(self, other: "Origin") -> list[str]:
         """In what this one differs from ``other``, in words; empty if they are the same."""
@@ -166,15 +167,15 @@ class Checkpoints:
         names = [f"{part.name}.safetensors", f"{part.name}.json"]
         try:
             save_file(tensors, staging / names[0])
-        except SafetensorError as error:  # how it reports a full disk
+            (staging / names[1]).write_text(json.dumps(plain), encoding="utf-8")
+            for name in names:
+                _sync(staging / name)
+        except (SafetensorError, OSError) as error:  # the former is how it reports a full disk
             raise CheckpointError(
-                f"a checkpoint can't be written ({error})",
+                f"a checkpoint can't be written ({' '.join(str(error).split())})",
                 where=str(self.folder),
                 remedy="mend that and run again: it goes on from the last one",
             ) from error
-        (staging / names[1]).write_text(json.dumps(plain), encoding="utf-8")
-        for name in names:
-            _sync(staging / name)
         return Written(part.version, {name: _sha256(staging / name) for name in names})
 
     def save(self, step: int, parts: Sequence[Part], processes: Processes | None = None) -> None:
@@ -271,7 +272,7 @@ class Checkpoints:
         """Remove them if they are of this training: it is finished, and was killed before it could."""
         try:
             last = self._last()
-        except CheckpointError:
+        except (CheckpointError, MissingInputError):  # damaged, or removed meanwhile
             return
         if last is not None and not self.origin.differences_to(last.origin):
             self.remove()

@@ -1,12 +1,16 @@
 """Stopping when the process is told to end: at once, or between two steps of a training."""
 
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
 from personas_tune.errors import Interrupted
+
+_SAME_REQUEST = 2.0  # seconds
 
 
 class _Terminated(BaseException):
@@ -24,7 +28,8 @@ class StopRequest:
 def stop_requests() -> Iterator[StopRequest]:
     """Note SIGTERM and SIGINT (Ctrl-C) instead of ending there and then, so that a step can be finished and saved.
 
-    A second signal ends the process as it would without this. Only the main thread may use it.
+    A later signal ends the process as it would without this; one that follows at once is the same request, which a
+    cluster may send to each process, and torchrun again. Only the main thread may use it.
     """
     request = StopRequest()
     numbers = (signal.SIGTERM, signal.SIGINT)
@@ -34,9 +39,15 @@ def stop_requests() -> Iterator[StopRequest]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
+    came = 0.0
+
     def note(number: int, frame: FrameType | None) -> None:
-        request.signal_number = number
-        restore()
+        nonlocal came
+        if request.signal_number is None:
+            request.signal_number, came = number, time.monotonic()
+        elif time.monotonic() - came > _SAME_REQUEST:
+            restore()
+            os.kill(os.getpid(), number)
 
     for number in numbers:
         signal.signal(number, note)

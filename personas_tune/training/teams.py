@@ -6,15 +6,13 @@ takes the optimizer's step and sends the new weights to the others: as many byte
 the gradients takes, one optimizer state instead of one each, and weights that can't drift apart.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
-from personas_tune.errors import AdapterError
 from personas_tune.processes import Processes
 
 Row = TypeVar("Row")
@@ -130,51 +128,51 @@ class Team:
         """
         if self._group is None:
             return total
-        with _peers():
-            for weight in weights:
-                if weight.grad is None:  # a share without rows
-                    weight.grad = torch.zeros_like(weight)
-                distributed.reduce(weight.grad, self.ranks[0], group=self._group)
-            (summed,) = self.sums([total])
-        return summed
+        for weight in weights:
+            if weight.grad is None:  # a share without rows
+                weight.grad = torch.zeros_like(weight)
+            distributed.reduce(weight.grad, self.ranks[0], group=self._group)
+        return self.sums([total])[0]
 
     def sums(self, numbers: Sequence[float]) -> list[float]:
         """The sum of each number over the processes, fp64."""
         if self._group is None:
             return list(numbers)
         tensor = torch.tensor(numbers, dtype=torch.float64)
-        with _peers():
-            distributed.all_reduce(tensor, group=self._group)
+        distributed.all_reduce(tensor, group=self._group)
         return list(tensor.tolist())
 
     def spread(self, weights: Iterable[Tensor]) -> None:
         """Send the leader's weights to the others."""
         if self._group is None:
             return
-        with _peers(), torch.no_grad():
-            for weight in weights:
-                distributed.broadcast(weight.data, self.ranks[0], group=self._group)
+        for weight in weights:
+            distributed.broadcast(weight.data, self.ranks[0], group=self._group)
 
     def follow_leader(self, number: int | None) -> int | None:
         """What the leader says, in every process; not negative."""
         if self._group is None:
             return number
         said = torch.tensor(-1 if number is None else number)
-        with _peers():
-            distributed.broadcast(said, self.ranks[0], group=self._group)
+        distributed.broadcast(said, self.ranks[0], group=self._group)
         return None if said.item() < 0 else int(said.item())
 
     def _largest(self, shape: list[int]) -> list[int]:
         length = torch.tensor(len(shape))
-        with _peers():
-            distributed.all_reduce(length, distributed.ReduceOp.MAX, group=self._group)
-            shapes = torch.tensor(shape + [0] * (int(length) - len(shape)))
-            distributed.all_reduce(shapes, distributed.ReduceOp.MAX, group=self._group)
+        distributed.all_reduce(length, distributed.ReduceOp.MAX, group=self._group)
+        shapes = torch.tensor(shape + [0] * (int(length) - len(shape)))
+        distributed.all_reduce(shapes, distributed.ReduceOp.MAX, group=self._group)
         return list(shapes.tolist())
 
 
 def form_team(places: Sequence[Place], processes: Processes, *, in_step: bool = False) -> tuple[Team, Place]:
-    """This process's team and place; every process calls it with the same places."""
+    """This process's team and place; every process calls it.
+
+    Args:
+        places: From :func:`place_adapters`, the same in all processes.
+        processes: All of them.
+        in_step: Whether the processes share the base's layers.
+    """
     mine = next(place for place in places if processes.rank in place.ranks)
     group = None
     for place in places:
@@ -182,15 +180,3 @@ def form_team(places: Sequence[Place], processes: Processes, *, in_step: bool = 
             made = distributed.new_group(list(place.ranks))
             group = made if place is mine else group
     return Team(mine.ranks, processes.rank, group, in_step=in_step), mine
-
-
-@contextmanager
-def _peers() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # gloo's and NCCL's, when a process is gone
-        raise AdapterError(
-            f"the other processes can't be reached ({' '.join(str(error).split())[:200]})",
-            where="training in several processes",
-            remedy="see what ended them, and run the same command to go on",
-        ) from error

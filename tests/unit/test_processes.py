@@ -11,8 +11,8 @@ from several import in_processes, in_threads
 from torch.distributed import HashStore, TCPStore
 
 from personas_tune import processes
-from personas_tune.errors import ConfigError, DataError, Interrupted
-from personas_tune.processes import OtherProcessFailed, Processes, alone, joined, take_own_device
+from personas_tune.errors import ConfigError, DataError, Interrupted, OtherProcessFailed
+from personas_tune.processes import Processes, alone, joined, take_own_device
 
 
 def test_each_gets_the_values_of_all_by_rank_and_the_store_forgets_them():
@@ -22,7 +22,18 @@ def test_each_gets_the_values_of_all_by_rank_and_the_store_forgets_them():
 
     for values, n_keys in in_threads(work, 3):
         assert values == [[(rank, turn) for rank in range(3)] for turn in range(5)]
-        assert n_keys <= 3 * 2 + 1  # of the last exchange and of the one before; `failed`
+        assert n_keys <= 2 * 3 * 2 + 1  # a value and its size, of the last exchange and of the one before; `failed`
+
+
+def test_values_may_be_larger_than_torch_s_store_takes():
+    first = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    stores = [first, TCPStore("localhost", first.port, is_master=False)]
+    sent = [os.urandom(9 * 2**20), b"little"]
+
+    def work(here):
+        return Processes(here.rank, 2, stores[here.rank]).gather_in_first(sent[here.rank])
+
+    assert in_threads(work, 2) == [sent, []]
 
 
 def test_who_waits_has_time_for_something_else():
