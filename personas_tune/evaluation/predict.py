@@ -99,7 +99,7 @@ def predict_texts(
 def share_of_rows(
     samples: Sequence[Sample], assignment: Mapping[str, str] | None, part: int, n_parts: int
 ) -> list[int]:
-    """The rows that one of several processes predicts: as many as the others', few adapters, whole users where it can.
+    """The rows that one of several processes predicts: neighbours by adapter and user, as many as the others have.
 
     Args:
         samples: All test samples.
