@@ -87,7 +87,7 @@ def test_without_dropout_processes_that_share_rows_come_to_the_same_gradients(tr
 # Stopped and killed
 
 
-@pytest.mark.parametrize(("parallel", "size_at_last"), [("auto", 1), ("data", 2)])
+@pytest.mark.parametrize(("parallel", "size_at_last"), [("auto", 1), ("data", 2), ("fsdp", 2)])
 def test_killed_again_and_again_they_end_with_the_bytes_of_an_unbroken_run(
     config, root, trained, parallel, size_at_last
 ):
@@ -198,7 +198,7 @@ def test_a_process_of_a_team_that_is_gone_is_missed_by_the_others(config, root):
     first, second = run.send(signal.SIGKILL, ranks=[1])
     assert (first.status, second.status) == (2, -signal.SIGKILL)
     (line,) = errors_of([first])
-    assert line.startswith("error: training in several processes: the other processes can't be reached (")
+    assert line.startswith("error: several processes: another process can't be reached (")
 
 
 # Evaluating, and all stages
