@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -34,7 +35,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, {args.device}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    print(
+        f"{date.today()}, torch {torch.__version__}, {args.device}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    )
     print("set       parallel  processes   rows/s   ratio   adapters")
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared"

@@ -80,6 +80,8 @@ def _share_processes(n_rows: Sequence[int], largest_first: Sequence[int], n_proc
 class Team:
     """A team, as one of its processes sees it; alone by default.
 
+    Its methods wait for all of its processes, and raise RuntimeError if one is gone.
+
     Args:
         ranks: Its processes, the leader first.
         rank: This one.
