@@ -35,9 +35,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
-    print(
-        f"{date.today()}, torch {torch.__version__}, {args.device}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-    )
+    machine = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    print(f"{date.today()}, torch {torch.__version__}, {args.device}, {machine}")
     print("set       parallel  processes   rows/s   ratio   adapters")
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared"
