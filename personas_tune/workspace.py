@@ -400,7 +400,9 @@ def open_stage(
         lock = _claim(staging)
     except BlockingIOError as error:
         raise ConfigError(
-            "another run is writing it", where=str(folder), remedy="wait for that one, or set another output_dir"
+            f"process {_writer(staging)} is writing it",
+            where=str(folder),
+            remedy="wait for it, or set another output_dir",
         ) from error
     except OSError as error:
         _clear_away(staging, made)
@@ -469,12 +471,21 @@ def _claim(staging: Path) -> IO[bytes]:
         if _is_there(lock, staging / _LOCK):
             break
         lock.close()
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n".encode())
+    lock.flush()
     for left in staging.iterdir():
         if left.is_dir():
             shutil.rmtree(left)
         elif left.name != _LOCK:
             left.unlink()
     return lock
+
+
+def _writer(staging: Path) -> str:
+    with suppress(OSError, UnicodeDecodeError):
+        return (staging / _LOCK).read_text(encoding="utf-8").strip() or "of another run"
+    return "of another run"
 
 
 def _lock(file: IO[bytes]) -> None:

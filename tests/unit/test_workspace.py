@@ -95,7 +95,7 @@ def test_a_second_run_is_kept_out_while_the_first_writes(tmp_path, source):
     folder = tmp_path / "run" / "data"
     with open_stage(folder, SETTINGS, [source]) as stage:
         stage.write_text("a.txt", "first")
-        with pytest.raises(ConfigError, match=r"run/data: another run is writing it; wait for that one, or set"):
+        with pytest.raises(ConfigError, match=rf"run/data: process {os.getpid()} is writing it; wait for it, or set"):
             run_stage(folder, [source])
     assert (folder / "a.txt").read_text() == "first"
 
