@@ -59,8 +59,10 @@ def rows_per_second(
     launcher: list[str], name: str, args: argparse.Namespace, prepared: Path, root: Path, parallel: str = "auto"
 ) -> float:
     shutil.copytree(prepared, root)
-    options = [f"adapter_sets={SETS[name]}", "agents={}", f"max_steps_per_epoch={args.steps}", f"parallel={parallel}"]
-    output = tune(launcher, "persona_lora", args, root, *options)
+    only = ["~agents", "~adapter_sets", f"adapter_sets={SETS[name]}"]
+    output = tune(
+        launcher, "persona_lora", args, root, *only, f"max_steps_per_epoch={args.steps}", f"parallel={parallel}"
+    )
     return float(re.findall(r"([\d.]+) rows/s", output)[-1])
 
 
