@@ -284,7 +284,8 @@ def missing_inputs(inputs: Sequence[Path]) -> list[PersonasTuneError]:
     ]
 
 
-def _fsync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -530,11 +531,11 @@ def _move_into_place(stage: Stage, manifest: str) -> None:
         _remove_empty(stage.folder / parent for parent in list(Path(name).parents)[:-1])
     (stage.folder / MANIFEST).unlink(missing_ok=True)
     for name, path in stage._written.items():
-        _fsync(path)
+        sync_to_disk(path)
         (stage.folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, stage.folder / name)
     manifest_file = stage._staging / MANIFEST
     manifest_file.write_text(manifest, encoding="utf-8")
-    _fsync(manifest_file)
+    sync_to_disk(manifest_file)
     os.replace(manifest_file, stage.folder / MANIFEST)
-    _fsync(stage.folder)
+    sync_to_disk(stage.folder)

@@ -176,7 +176,7 @@ class PersonaEvalRecipe:
             if key not in self._distributions:
                 with in_lockstep(base.model):
                     p = predict_distributions(base, dataset, rows, assignment, labels, limit, progress.update)
-                self._distributions[key] = np.array(self._from_all(rows, list(p)))
+                self._distributions[key] = np.array(self._from_all(rows, p.tolist()))
             texts = None
             if agent.readout == "generate":
                 progress.reset()

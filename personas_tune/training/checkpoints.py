@@ -27,6 +27,7 @@ from torch import Tensor
 from personas_tune.errors import CheckpointError, MissingInputError
 from personas_tune.processes import Processes
 from personas_tune.training.state import flatten_state, unflatten_state
+from personas_tune.workspace import sync_to_disk
 
 MARKER = "complete.json"
 _STEP = "step_"
@@ -169,7 +170,7 @@ class Checkpoints:
             save_file(tensors, staging / names[0])
             (staging / names[1]).write_text(json.dumps(plain), encoding="utf-8")
             for name in names:
-                _sync(staging / name)
+                sync_to_disk(staging / name)
         except (SafetensorError, OSError) as error:  # the former is how it reports a full disk
             raise CheckpointError(
                 f"a checkpoint can't be written ({' '.join(str(error).split())})",
@@ -211,11 +212,11 @@ class Checkpoints:
     def _complete(self, step: int, staging: Path, parts: Mapping[str, Written]) -> Checkpoint:
         """Put the temporary folder into its place, mark it complete, and drop what need not be kept."""
         path = self.folder / f"{_STEP}{step}"
-        _sync(staging)
+        sync_to_disk(staging)
         _drop(path)  # one of a run that was stopped before it was complete
         os.rename(staging, path)
-        _sync(self.folder)
-        _sync(self.folder.parent)
+        sync_to_disk(self.folder)
+        sync_to_disk(self.folder.parent)
         checkpoint = Checkpoint(path, step, self.origin, running_versions(), parts)
         _write_marker(checkpoint)
         kept = {each.path for each in [*self._kept, checkpoint][-self.keep_last :]}
@@ -354,9 +355,9 @@ def _write_marker(checkpoint: Checkpoint) -> None:
     }
     temporary = checkpoint.path / f"{MARKER}{_TEMPORARY}"
     temporary.write_text(json.dumps({"sha256": _sha256_of(content), "content": content}, indent=1), encoding="utf-8")
-    _sync(temporary)
+    sync_to_disk(temporary)
     os.replace(temporary, checkpoint.path / MARKER)
-    _sync(checkpoint.path)
+    sync_to_disk(checkpoint.path)
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -404,11 +405,3 @@ def _sha256(path: Path) -> str:
 
 def _sha256_of(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pickle
 import time
 from contextlib import contextmanager
 
@@ -34,6 +35,22 @@ def test_values_may_be_larger_than_torch_s_store_takes():
         return Processes(here.rank, 2, stores[here.rank]).gather_in_first(sent[here.rank])
 
     assert in_threads(work, 2) == [sent, []]
+
+
+def test_nothing_that_others_put_into_the_store_is_run(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    def work(here):
+        if here.rank == 1:
+            here._put("exchange 0 1", Harm())
+        else:
+            with pytest.raises(pickle.UnpicklingError, match="mkdir is nothing that processes exchange"):
+                here.gather(None)
+
+    in_threads(work, 2)
+    assert not (tmp_path / "harm").exists()
 
 
 def test_who_waits_has_time_for_something_else():
