@@ -1,7 +1,8 @@
 # make quickstart   installs the package into .venv and runs the whole pipeline on the embedded default
 # make test         installs what the tests need and runs them
 # make check        ruff, mypy and the tests: what CI runs
-# make base         remakes the tiny base that quickstart.yaml uses (personas_tune/bases/tiny_phi3)
+# make docs         the documentation as HTML, in build/docs; any warning is an error
+# make base         remakes the tiny bases that ship with the package (personas_tune/bases), about an hour
 # make clean        removes .venv, caches and build leftovers; results in runs/ stay
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install
 
-.PHONY: help quickstart test check lint types base clean
+.PHONY: help quickstart test check lint types docs base clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -34,14 +35,21 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# The commands at the head of configs/quickstart_base.yaml.
+# -n: a function, page or heading that is named must exist.
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx -q -W --keep-going -n -d build/doctrees docs build/docs
+
+BASE_FILES := model.safetensors config.json tokenizer.model special_tokens.json
+
+# The commands at the heads of configs/quickstart_base.yaml and configs/quickstart_llama3_base.yaml.
 base: $(VENV)/.package
 	$(BIN)/tune run persona_prepare --config quickstart.yaml
 	$(BIN)/tune run persona_pipeline --config quickstart_base.yaml 'stages=[persona_prepare,persona_distill,persona_cluster,persona_raft]'
 	$(BIN)/tune run persona_base --config quickstart_base.yaml
-	mkdir -p personas_tune/bases/tiny_phi3
-	cd runs/quickstart_base/base && \
-	cp model.safetensors config.json tokenizer.model special_tokens.json $(CURDIR)/personas_tune/bases/tiny_phi3/
+	$(BIN)/tune run persona_base --config quickstart_llama3_base.yaml
+	mkdir -p personas_tune/bases/tiny_phi3 personas_tune/bases/tiny_llama3
+	cd runs/quickstart_base/base && cp $(BASE_FILES) $(CURDIR)/personas_tune/bases/tiny_phi3/
+	cd runs/quickstart_llama3_base/base && cp $(BASE_FILES) $(CURDIR)/personas_tune/bases/tiny_llama3/
 
 clean:
 	rm -rf $(VENV) build dist recipes/personas_tune.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The ``personas-tune`` command: list and copy what is bundled, show a user, and say what this machine lacks."""
+"""The ``personas-tune`` command: list and copy what is bundled, show users and results, say what this machine lacks."""
 
 import argparse
 import difflib
@@ -18,7 +18,7 @@ RECIPES = {
     "persona_cluster": "profiles -> personas/",
     "persona_raft": "memories retrieved for every rating -> samples/",
     "persona_lora": "samples/ and a base -> adapters/",
-    "persona_eval": "adapters/ -> eval/ with the table",
+    "persona_eval": "adapters/ -> eval/ with the table, report/",
     "persona_base": "a tiny base from nothing (offline use) -> base/",
     "persona_pipeline": "all stages in order",
 }
@@ -69,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     show.add_argument("user", metavar="USER", help="a user id, as in data/users.parquet")
     show.add_argument("--in", dest="folder", type=Path, metavar="DIR", help="the output_dir of an experiment")
     show.add_argument("--html", type=Path, metavar="FILE", help="write a page instead")
+    report = commands.add_parser("report", help="write an evaluated experiment's report, or two runs side by side")
+    report.add_argument("folder", type=Path, metavar="DIR", help="the output_dir of an experiment")
+    report.add_argument("--against", type=Path, metavar="OTHER", help="the output_dir of another")
     doctor = commands.add_parser("doctor", help="say what is missing on this machine, with the mending command")
     doctor.add_argument("--config", help="also check what this experiment needs")
     parsed = parser.parse_args(arguments)
@@ -80,6 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from personas_tune.memory.show import show_user
 
         sys.exit(exit_status_of(lambda: show_user(parsed.user, parsed.folder, parsed.html)))
+    if parsed.command == "report":
+        from personas_tune.report.write import show_report
+
+        sys.exit(exit_status_of(lambda: show_report(parsed.folder, parsed.against)))
     from personas_tune.doctor import print_findings
 
     sys.exit(exit_status_of(lambda: print_findings(parsed.config)))

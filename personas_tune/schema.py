@@ -191,6 +191,8 @@ class Personas(Section):
     dim: int = Field(default=64, ge=2)
     k: int | Literal["elbow"] = 4
     k_max: int = Field(default=10, ge=2)
+    stability_seeds: int = Field(default=10, ge=0, le=1000)  # 0: not measured
+    words: Literal["sklearn", "spacy"] = "sklearn"
 
     @model_validator(mode="after")
     def _k_must_be_positive(self) -> "Personas":
@@ -205,6 +207,7 @@ class Retrieval(Section):
     k: int = Field(default=1, ge=0)
     min_similarity: float | None = Field(default=None, ge=-1, le=1)
     before_target: bool = False
+    neighbours: int = Field(default=0, ge=0)  # like-minded users whose ratings of the item the prompt sums up
     query: Literal["item", "user_and_item"] = "item"
 
 
@@ -230,6 +233,9 @@ class AdapterSet(Section):
     per: Literal["persona", "all"] = "persona"
     memories: MemoriesSeen = "both"
     rows: int | Literal["largest_persona", "smallest_persona"] | None = None
+    rows_from: Literal["own", "all"] = "own"  # control: as many rows as each persona has, drawn from all users
+    share: float = Field(default=1, gt=0, le=1)  # of each user's rows
+    start_from: str | None = None  # a set with one adapter for all users, trained before: where these adapters begin
     shuffle_personas: bool = False  # control: the same group sizes, users dealt out at random
     base: str | None = None
 
@@ -243,12 +249,38 @@ class AdapterSet(Section):
             raise ValueError("persona adapters train on all of their rows; rows needs per: all")
         return self
 
+    @model_validator(mode="after")
+    def _row_choices_must_fit_together(self) -> "AdapterSet":
+        if self.per == "all" and self.rows_from == "all":
+            raise ValueError("one adapter for all users takes rows of all anyway; rows_from: all needs per: persona")
+        if self.shuffle_personas and self.rows_from == "all":
+            raise ValueError("rows of all users make no groups to shuffle; set rows_from: all or shuffle_personas")
+        if self.rows is not None and self.share != 1:
+            raise ValueError(f"rows {self.rows} and share {self.share:g} both say how many rows; set one of them")
+        return self
+
+
+class Published(Section):
+    """Figures of the paper that an agent reproduces."""
+
+    rmse: float = Field(ge=0)
+    mae: float = Field(ge=0)
+    urr: float = Field(ge=0, le=1)
+
 
 class Agent(Section):
     adapters: str | None = None
     memories: MemoriesSeen | None = None  # defaults to what its adapter set was trained with, else both
     readout: Literal["expected", "argmax", "generate"] = "expected"
     base: str | None = None
+    calibrate: bool = False  # mend its distributions by what it got wrong on train rows
+    published: Published | None = None  # stands beside its own figures in the table
+
+    @model_validator(mode="after")
+    def _only_distributions_can_be_calibrated(self) -> "Agent":
+        if self.calibrate and self.readout == "generate":
+            raise ValueError("generated answers have no distribution to calibrate; set readout to expected or argmax")
+        return self
 
 
 class Evaluation(Section):
@@ -258,6 +290,10 @@ class Evaluation(Section):
     temperature: float = Field(default=0.3, ge=0)
     top_k: int | None = Field(default=50, ge=1)
     max_tokens_per_forward: int = Field(default=8192, ge=1)
+    calibration_share: float = Field(default=0.2, gt=0, le=1)  # of each user's train rows, the latest
+    hybrids: list[str] = Field(default_factory=list)  # agents whose distributions a regression uses
+    own_versus_other: list[str] = Field(default_factory=list)  # agents whose users try every adapter of the set
+    own_versus_other_rows: int | None = Field(default=None, ge=1)
 
 
 class Base(Section):
@@ -271,6 +307,7 @@ class Base(Section):
 class BaseTraining(Section):
     """What ``persona_base`` trains from scratch (a tiny base for offline use)."""
 
+    architecture: Literal["phi3", "llama3"] = "phi3"
     checkpoint_dir: str | None = None
     corpora: list[str] = Field(default_factory=list)  # finished experiments whose test rows are learnt; empty: this one
     vocab_size: int = Field(default=1024, ge=300)
@@ -367,6 +404,45 @@ class Experiment(Section):
                 problems.append(
                     f"agents.{name}.adapters: no adapter set {agent.adapters!r}; under adapter_sets: {known}"
                 )
+        problems += [
+            f"evaluation.hybrids: no agent {name!r}; under agents: {', '.join(self.agents) or 'none'}"
+            for name in self.evaluation.hybrids
+            if name not in self.agents
+        ]
+        problems += [why for name in self.adapter_sets if (why := self._why_no_start(name))]
+        problems += [why for name in self.evaluation.own_versus_other if (why := self._why_not_crosswise(name))]
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _why_no_start(self, name: str) -> str:
+        """Why an adapter set can't begin where its ``start_from`` ended; empty if it can, or has none."""
+        start, before = self.adapter_sets[name].start_from, list(self.adapter_sets)
+        if start is None:
+            return ""
+        fitting = [
+            other
+            for other in before[: before.index(name)]
+            if self.adapter_sets[other].per == "all" and self.adapter_sets[other].base == self.adapter_sets[name].base
+        ]
+        if start in fitting:
+            return ""
+        known = ", ".join(fitting) or "none"
+        return (
+            f"adapter_sets.{name}.start_from: no set of one adapter {start!r} on that base above it; such are: {known}"
+        )
+
+    def _why_not_crosswise(self, agent: str) -> str:
+        """Why an agent can't be measured with the adapters of other personas; empty if it can."""
+        key = "evaluation.own_versus_other"
+        crosswise = [
+            name
+            for name, each in self.agents.items()
+            if each.adapters in self.adapter_sets and self.adapter_sets[each.adapters].per == "persona"
+        ]
+        if agent in crosswise:
+            return ""
+        known = ", ".join(crosswise) or "none"
+        if agent not in self.agents:
+            return f"{key}: no agent {agent!r}; agents that have an adapter per persona: {known}"
+        return f"{key}: agent {agent!r} has no adapter per persona; agents that have one: {known}"

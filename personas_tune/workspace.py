@@ -53,6 +53,7 @@ STAGE_RECIPES = {
     "samples": "persona_raft",
     "adapters": "persona_lora",
     "eval": "persona_eval",
+    "report": "persona_eval",
     "base": "persona_base",
 }
 
@@ -169,6 +170,11 @@ class Workspace:
     def table(self) -> Path:
         """The table."""
         return self.root / "eval" / "table.md"
+
+    @property
+    def report(self) -> Path:
+        """Folder of the pages that show it all."""
+        return self.root / "report"
 
     def adapter_set(self, name: str) -> Path:
         """Folder of one adapter set, with a folder per adapter inside."""

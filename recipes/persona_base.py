@@ -1,6 +1,6 @@
-"""Train a tiny Phi-3-architecture base from nothing, on users outside the cohort.
+"""Train a tiny base of Phi-3's or Llama-3's architecture from nothing, on users outside the cohort.
 
-It takes the place of Phi-3-Mini where there is no network or GPU. What it learns are the test rows
+It takes the place of Phi-3-Mini or LLaMA-3-8B where there is no network or GPU. What it learns are the test rows
 of finished experiments whose cohorts it may see (``base_training.corpora``): held-out ratings of
 users whose earlier ratings made the prompts.
 
@@ -25,14 +25,9 @@ from personas_tune.datasets import ChatTokenizer, RatingDataset, RatingSource, T
 from personas_tune.errors import ConfigError
 from personas_tune.evaluation.readouts import expected_ratings, label_probabilities
 from personas_tune.prompts.render import render_prompt
-from personas_tune.training.tiny_base import (
-    TinyBaseShape,
-    TinyBaseTraining,
-    build_tiny_base,
-    save_tiny_base,
-    train_tiny_base,
-    train_tokenizer,
-)
+from personas_tune.training.tiny_base import TinyBaseShape, TinyBaseTraining, build_tiny_base, train_tiny_base
+from personas_tune.training.tiny_checkpoint import save_tiny_base
+from personas_tune.training.tiny_tokenizers import train_tokenizer
 from personas_tune.workspace import Stage, Workspace, open_stage, prompt_inputs
 
 
@@ -91,7 +86,9 @@ def train_and_save(cfg: DictConfig, sources: Sequence[RatingSource], stage: Stag
     options = cfg.base_training
     folder = stage.path("tokenizer.model").parent
     texts = prompt_texts(sources, options.tokenizer_stride)
-    tokenizer = train_tokenizer(texts, options.vocab_size, folder, split_digits=options.split_digits)
+    tokenizer = train_tokenizer(
+        texts, options.vocab_size, folder, architecture=options.architecture, split_digits=options.split_digits
+    )
     stage.path("special_tokens.json")
     tokenizer.max_seq_len = options.max_seq_len
     chat = ChatTokenizer(tokenizer)

@@ -1,14 +1,14 @@
 """Measure every agent and the baselines on the same test rows.
 
 Reads   samples/, adapters/, memory/, data/ and the base checkpoints
-Writes  eval/predictions_<agent>.parquet, eval/metrics.json, eval/table.md
+Writes  eval/predictions_<agent>.parquet, eval/metrics.json, eval/table.md, report/index.html
 
     tune run persona_eval --config quickstart.yaml
     tune run persona_eval --config phi3_persona.yaml evaluation.temperature=0
     tune run --nproc_per_node 8 persona_eval --config phi3_persona.yaml
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,9 +30,16 @@ from personas_tune.adapters.selection import load_adapter_set
 from personas_tune.adapters.sharding import in_lockstep
 from personas_tune.datasets import RatingDataset, RatingSource
 from personas_tune.errors import raise_together
-from personas_tune.evaluation.baselines import fit_baselines
+from personas_tune.evaluation.baselines import Baseline, fit_baselines
+from personas_tune.evaluation.calibration import calibrate, fit_hybrid
 from personas_tune.evaluation.intervals import Resampling
-from personas_tune.evaluation.measure import Measurement, optimal_predictions, readout_values
+from personas_tune.evaluation.measure import (
+    Measurement,
+    optimal_predictions,
+    readout_probabilities,
+    readout_values,
+)
+from personas_tune.evaluation.own_versus_other import choose_rows, measure_own_versus_other
 from personas_tune.evaluation.predict import (
     Sampling,
     predict_distributions,
@@ -40,9 +47,12 @@ from personas_tune.evaluation.predict import (
     prediction_table,
     share_of_rows,
 )
-from personas_tune.evaluation.readouts import Probabilities
+from personas_tune.evaluation.prompt_numbers import prompt_numbers
+from personas_tune.evaluation.readouts import Probabilities, expected_ratings, most_likely_ratings
 from personas_tune.evaluation.table import write_table
 from personas_tune.processes import Processes, take_own_device
+from personas_tune.report.write import build_report
+from personas_tune.training.sets import latest_share
 from personas_tune.workspace import (
     COLUMNS,
     MANIFEST,
@@ -73,9 +83,15 @@ class PersonaEvalRecipe:
         self.inputs = self._find_inputs()
         self.source = RatingSource(self.workspace.root)
         self.samples = self.source.samples("test")
+        self._values = [float(label) for label in self.source.labels]
+        self._train = self.source.samples("train")
+        _, self._latest = latest_share(self._train, range(len(self._train)), cfg.evaluation.calibration_share)
         self.resampling = Resampling(cfg.evaluation.n_resamples, cfg.evaluation.confidence, cfg.seed)
         # Agents that differ in their readout only share one pass over the test rows.
         self._distributions: dict[tuple[str | None, str | None, str], Any] = {}
+        self._of_train: dict[str, Probabilities] = {}  # of the agents that are calibrated or used by a regression
+        self._raw: dict[str, Probabilities] = {}
+        self._own_versus_other: dict[str, dict[str, Any]] = {}
 
     def predict(self, stage: Stage) -> dict[str, pa.Table]:
         """Every agent's predictions, also written to their files; one base in memory at a time.
@@ -91,7 +107,7 @@ class PersonaEvalRecipe:
         """The baselines and, for a world, the floor; reads every table that measuring needs."""
         users = read_table(self.workspace.users, COLUMNS["users"])
         interactions = read_table(self.workspace.interactions, COLUMNS["interactions"])
-        measurement = Measurement(self.samples, users, self.resampling)
+        measurement = Measurement(self.samples, users, self._values, self.resampling)
         baselines = fit_baselines(
             interactions.filter(pc.field("split") == "train"),
             read_table(self.workspace.outside, ("user_id", "item_id", "rating")),
@@ -99,7 +115,7 @@ class PersonaEvalRecipe:
             read_table(self.workspace.items, COLUMNS["items"]),
             users,
             read_table(self.workspace.train_samples, COLUMNS["samples"]),
-            labels=[float(label) for label in self.source.labels],
+            labels=self._values,
             historical_average=self._made_with()["historical_average"],
             seed=self.cfg.seed,
         )
@@ -119,9 +135,31 @@ class PersonaEvalRecipe:
                 "adapters": agent.adapters,
                 "memories": self._memories_of(agent),
                 "readout": agent.readout,
+                "calibrated": agent.calibrate,
+                "published": None if agent.published is None else dict(agent.published),
             }
-            measurement.add_agent(name, readout_values(table, agent.readout), described)
-        return measurement.metrics(**self._made_with(), seed=self.cfg.seed)
+            p = readout_probabilities(table, agent.readout)
+            measurement.add_agent(name, readout_values(table, agent.readout), described, p)
+        for name in self.cfg.evaluation.hybrids:
+            hybrid = self._hybrid(self._of_train[name], self._raw[name])
+            measurement.add_hybrid(name, hybrid, self._hybrid(None, None))
+        metrics = measurement.metrics(**self._made_with(), seed=self.cfg.seed)
+        return {**metrics, "own_versus_other": self._own_versus_other}
+
+    def _hybrid(self, p_train: Probabilities | None, p: Probabilities | None) -> Baseline:
+        """A regression on the numbers of the prompts and an agent's distributions, or on the numbers alone."""
+        train = read_table(self.workspace.interactions, COLUMNS["interactions"]).filter(pc.field("split") == "train")
+        shown = (
+            train,
+            read_table(self.workspace.items, COLUMNS["items"]),
+            read_table(self.workspace.users, COLUMNS["users"]),
+            self._made_with()["historical_average"],
+        )
+        latest = read_table(self.workspace.train_samples, COLUMNS["samples"]).take(self._latest)
+        test = read_table(self.workspace.test_samples, COLUMNS["samples"])
+        numbers_train = prompt_numbers(latest, *shown, leave_own_out=True)
+        numbers = prompt_numbers(test, *shown, leave_own_out=False)
+        return fit_hybrid(numbers_train, p_train, *self._latest_answers(), numbers, p, self._values)
 
     def _made_with(self) -> dict[str, Any]:
         """The leak-relevant settings that the data was really made with, whatever this run's config says."""
@@ -156,27 +194,29 @@ class PersonaEvalRecipe:
         tables = {}
         for name, agent in agents.items():
             p, texts = self._predict_agent(name, agent, base)
+            self._learn_from_train(name, agent, base)
             if self.processes.is_first:
-                tables[name] = prediction_table(self.samples, p, self.source.labels, texts)
+                self._raw[name], told = p, self._calibrated(name, p)
+                tables[name] = prediction_table(self.samples, told, self.source.labels, texts)
                 stage.write_table(f"predictions_{name}.parquet", tables[name])
+            if name in self.cfg.evaluation.own_versus_other:
+                self._try_all_adapters(name, agent, base, p)
         return tables
 
     def _predict_agent(self, name: str, agent: DictConfig, base: BaseModel) -> tuple[Probabilities, list[str] | None]:
         """Distributions and, if it generates, texts; in the first process those of all rows."""
-        dataset = RatingDataset(base.tokenizer, self.source, self.samples, self._memories_of(agent))
+        dataset = self._dataset(agent, base)
         if dataset.n_shortened and self.processes.is_first:
             n_shortened = f"{dataset.n_shortened} of {len(dataset)}"
             print(f"persona_eval: {name}: {n_shortened} prompts were shortened to fit the context")
         assignment = self._load_adapters(agent, base)
         rows = share_of_rows(self.samples, assignment, self.processes.rank, self.processes.size)
         key = (self._base_of(agent), agent.adapters, self._memories_of(agent))
-        limit, labels = self.cfg.evaluation.max_tokens_per_forward, self.source.labels
+        limit = self.cfg.evaluation.max_tokens_per_forward
         hidden = not self.processes.is_first
         with tqdm(total=len(rows), desc=f"eval {name}", unit="row", disable=hidden) as progress:
             if key not in self._distributions:
-                with in_lockstep(base.model):
-                    p = predict_distributions(base, dataset, rows, assignment, labels, limit, progress.update)
-                self._distributions[key] = np.array(self._from_all(rows, p.tolist()))
+                self._distributions[key] = self._distributions_of(rows, dataset, assignment, base, progress.update)
             texts = None
             if agent.readout == "generate":
                 progress.reset()
@@ -185,6 +225,78 @@ class PersonaEvalRecipe:
                 texts = self._from_all(rows, mine)
             progress.update(len(rows) - progress.n)
         return self._distributions[key], texts
+
+    def _try_all_adapters(self, name: str, agent: DictConfig, base: BaseModel, own: Probabilities) -> None:
+        """Predict rows with the adapters of other personas, too; ``own`` is known. The first process measures."""
+        options, dataset, assignment = self.cfg.evaluation, self._dataset(agent, base), self._load_adapters(agent, base)
+        assert assignment is not None  # the schema allows agents with an adapter per persona only
+        owners = [assignment[sample.user_id] for sample in self.samples]
+        chosen = choose_rows(owners, options.own_versus_other_rows, self.cfg.seed)
+        ratings_of = most_likely_ratings if agent.readout == "argmax" else expected_ratings
+        predicted = {}
+        adapters = sorted(set(assignment.values()), key=lambda adapter: (len(adapter), adapter))
+        for adapter in tqdm(adapters, desc=f"eval {name}, own and other", disable=not self.processes.is_first):
+            others = [row for row in chosen if owners[row] != adapter]
+            p = np.array(own)
+            of_others = self._predict_rows_with(adapter, others, dataset, base)
+            if self.processes.is_first:
+                p[others] = of_others
+                predicted[adapter.rpartition("/")[2]] = ratings_of(p[chosen], self._values)
+        if self.processes.is_first:
+            self._own_versus_other[name] = measure_own_versus_other(
+                [self.samples[row].user_id for row in chosen],
+                [owners[row].rpartition("/")[2] for row in chosen],
+                np.array([self.samples[row].rating for row in chosen]),
+                predicted,
+                self.resampling,
+            )
+
+    def _predict_rows_with(
+        self, adapter: str, rows: Sequence[int], dataset: RatingDataset, base: BaseModel
+    ) -> Probabilities:
+        """Distributions of one adapter, whoever the users are; in the first process those of all rows, in order."""
+        assignment = {self.samples[row].user_id: adapter for row in rows}
+        shared = (self.processes.rank, self.processes.size)
+        mine = [rows[place] for place in share_of_rows([self.samples[row] for row in rows], assignment, *shared)]
+        return self._distributions_of(mine, dataset, assignment, base)
+
+    def _distributions_of(
+        self,
+        mine: Sequence[int],
+        dataset: RatingDataset,
+        assignment: Mapping[str, str] | None,
+        base: BaseModel,
+        on_rows: Callable[[int], None] = lambda n_rows: None,
+    ) -> Probabilities:
+        """Distributions for this process's share of some rows; in the first process those of all shares, in order."""
+        limit, labels = self.cfg.evaluation.max_tokens_per_forward, self.source.labels
+        with in_lockstep(base.model):
+            p = predict_distributions(base, dataset, mine, assignment, labels, limit, on_rows)
+        return np.reshape(self._from_all(mine, p.tolist()), (-1, len(labels)))
+
+    def _learn_from_train(self, name: str, agent: DictConfig, base: BaseModel) -> None:
+        """Predict the train rows from which an agent is calibrated or a regression is fitted."""
+        if not agent.calibrate and name not in self.cfg.evaluation.hybrids:
+            return
+        samples = [self._train[index] for index in self._latest]
+        dataset = RatingDataset(base.tokenizer, self.source, samples, self._memories_of(agent))
+        assignment = self._load_adapters(agent, base)
+        mine = share_of_rows(samples, assignment, self.processes.rank, self.processes.size)
+        self._of_train[name] = self._distributions_of(mine, dataset, assignment, base)
+
+    def _calibrated(self, name: str, p: Probabilities) -> Probabilities:
+        """An agent's distributions as they shall be measured; in the first process."""
+        if not self.cfg.agents[name].calibrate:
+            return p
+        return calibrate(self._of_train[name], *self._latest_answers(), p, self._values)
+
+    def _latest_answers(self) -> tuple[Any, list[str]]:
+        """Ratings and users of the train rows that agents are calibrated on."""
+        samples = [self._train[index] for index in self._latest]
+        return np.array([sample.rating for sample in samples]), [sample.user_id for sample in samples]
+
+    def _dataset(self, agent: DictConfig, base: BaseModel) -> RatingDataset:
+        return RatingDataset(base.tokenizer, self.source, self.samples, self._memories_of(agent))
 
     def _from_all(self, rows: Sequence[int], values: Sequence[Any]) -> list[Any]:
         """In the first process, every process's values of its rows, in the order of the samples; else none."""
@@ -238,7 +350,7 @@ def recipe_main(cfg: DictConfig, processes: Processes) -> None:
         if stage.is_current:
             print("persona_eval: eval/ is up to date")
         print(workspace.table.read_text(encoding="utf-8"))
-        print(f"table: {workspace.table}\nmetrics: {workspace.metrics}")
+        print(f"table: {workspace.table}\nmetrics: {workspace.metrics}\nreport: {build_report(workspace.root)}")
 
 
 if __name__ == "__main__":

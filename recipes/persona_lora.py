@@ -1,7 +1,7 @@
 """Train persona adapters: one frozen base, one LoRA adapter per persona (or one for all users).
 
 Reads   samples/, memory/, data/ and the base checkpoint
-Writes  adapters/<set>/<adapter>/ for every entry of ``adapter_sets``
+Writes  adapters/<set>/<adapter>/ and adapters/<set>/losses.parquet for every entry of ``adapter_sets``
 
     tune run persona_lora --config quickstart.yaml
     tune run persona_lora --config phi3_persona.yaml optimizer.lr=1e-4
@@ -32,7 +32,7 @@ from personas_tune.adapters.base_model import (
     load_base,
     missing_base_files,
 )
-from personas_tune.adapters.files import lora_shape, save_adapter
+from personas_tune.adapters.files import NATIVE_FILE, load_native, lora_shape, save_adapter
 from personas_tune.adapters.sharding import is_sharded
 from personas_tune.datasets import RatingDataset, RatingSource
 from personas_tune.errors import Interrupted, raise_together
@@ -50,9 +50,9 @@ from personas_tune.training.fit import (
 )
 from personas_tune.training.meetings import Meetings
 from personas_tune.training.schedule import Progress, checkpoint_turns
-from personas_tune.training.sets import AdapterPlan, plan_adapter_set
+from personas_tune.training.sets import ALL_USERS, AdapterPlan, plan_adapter_set
 from personas_tune.training.state import job_state, process_state, restore_job, restore_process
-from personas_tune.training.step_log import StepLog
+from personas_tune.training.step_log import StepLog, losses_table
 from personas_tune.training.stopping import sigterm_in_a_line, stop_requests
 from personas_tune.training.teams import Place, Team, form_team, place_adapters
 from personas_tune.workspace import (
@@ -134,6 +134,8 @@ class PersonaLoraRecipe:
             *prompt_inputs(self.workspace),
             *checkpoint_inputs(**config.base_sections(self.cfg, adapter_set.base)),
         ]
+        if (begun := self._start_of(name)) is not None:
+            inputs.append(begun / NATIVE_FILE)
         plans, assignment = plan_adapter_set(
             self.samples,
             per=adapter_set.per,
@@ -141,6 +143,8 @@ class PersonaLoraRecipe:
             shuffle_personas=adapter_set.shuffle_personas,
             validation_share=self.cfg.validation_share,
             seed=self.cfg.seed,
+            rows_from=adapter_set.rows_from,
+            share=adapter_set.share,
         )
         sharded = self._sharded[adapter_set.base]
         parallel = "fsdp" if sharded else self.cfg.parallel
@@ -178,6 +182,11 @@ class PersonaLoraRecipe:
             "training": {key: value for key, value in section.items() if key not in WITHOUT_EFFECT},
             "adapter_set": config.plain(adapter_set),
         }
+
+    def _start_of(self, name: str) -> Path | None:
+        """The folder of the adapter that those of a set begin with; None for fresh ones."""
+        start = self.cfg.adapter_sets[name].start_from
+        return None if start is None else self.workspace.adapter_set(start) / ALL_USERS
 
     def _checkpoints(
         self, name: str, settings: dict[str, Any], inputs: Sequence[Path], shared: dict[str, str]
@@ -244,6 +253,10 @@ class PersonaLoraRecipe:
             base.bank.remove(job.name)
         for names in self.processes.gather(stage.written):
             stage.include(names)
+        mine = {_adapter_of(job): job.history for job in jobs if team.leads}
+        histories = ChainMap(*self.processes.gather_in_first(mine))
+        if self.processes.is_first:
+            stage.write_table("losses.parquet", losses_table({plan.adapter: histories[plan.adapter] for plan in plans}))
 
     def _follow(
         self,
@@ -291,7 +304,7 @@ class PersonaLoraRecipe:
         self, plans: Sequence[AdapterPlan], places: Sequence[Place], jobs: Sequence[AdapterJob]
     ) -> list[list[Progress]]:
         """How far each team is, by adapter."""
-        mine = {job.name.rpartition("/")[2]: job.steps_done for job in jobs}
+        mine = {_adapter_of(job): job.steps_done for job in jobs}
         steps_done = ChainMap(*self.processes.gather(mine))
         return [
             [self._progress(len(plans[index].rows), steps_done[plans[index].adapter]) for index in place.adapters]
@@ -304,6 +317,8 @@ class PersonaLoraRecipe:
     def _job(self, base: BaseModel, dataset: RatingDataset, set_name: str, plan: AdapterPlan, team: Team) -> AdapterJob:
         name = f"{set_name}/{plan.adapter}"
         adapter = base.bank.add_new(name, self.cfg.seed, stream=team.index)
+        if (start := self._start_of(set_name)) is not None:
+            base.bank.start_from(name, load_native(start), where=str(start))
         team.spread(adapter.masters.values())  # GPUs of different kinds may draw different weights
         optimizer = config.instantiate(
             self.cfg, "optimizer", list(adapter.masters.values()), default="torch.optim.AdamW", lr=3e-4
@@ -401,7 +416,7 @@ class PersonaLoraRecipe:
         return profiler
 
     def _save(self, base: BaseModel, job: AdapterJob, stage: Stage) -> None:
-        folder = job.name.rpartition("/")[2]
+        folder = _adapter_of(job)
         for file in save_adapter(
             stage.path(f"{folder}/adapter.safetensors").parent,
             base.bank[job.name].state_dict(),
@@ -434,8 +449,12 @@ def _each_told_to(profiler: Any, steps: Iterator[StepReport]) -> Iterator[StepRe
         yield report
 
 
+def _adapter_of(job: AdapterJob) -> str:
+    return job.name.rpartition("/")[2]
+
+
 def _part_name(job: AdapterJob, stream: int = 0) -> str:
-    return f"adapter_{job.name.rpartition('/')[2]}" + (f"_stream_{stream}" if stream else "")
+    return f"adapter_{_adapter_of(job)}" + (f"_stream_{stream}" if stream else "")
 
 
 @config.parse_in_processes

@@ -1,7 +1,8 @@
 """Give every interaction the memories its prompt will show: the samples to train and test on.
 
 Reads  data/interactions.parquet, data/items.parquet, memory/memories.parquet, personas/personas.parquet
-       (and memory/profiles.parquet with retrieval.query=user_and_item, and memory/left_out.json if it is there)
+       (and memory/profiles.parquet with retrieval.query=user_and_item, memory/left_out.json if it is there,
+       and data/outside.parquet with retrieval.neighbours)
 Writes samples/train.parquet, samples/test.parquet, samples/prompt.json, samples/index/
 
     tune run persona_raft --config quickstart.yaml retrieval.k=3
@@ -10,6 +11,7 @@ Writes samples/train.parquet, samples/test.parquet, samples/prompt.json, samples
 from omegaconf import DictConfig
 
 from personas_tune import config
+from personas_tune.collaborative.neighbours import neighbour_ratings
 from personas_tune.config import plain, settings_of
 from personas_tune.embedding import EmbeddingSettings, deciding_settings, make_embedder
 from personas_tune.prompts.labels import rating_labels
@@ -22,6 +24,7 @@ from personas_tune.retrieval.samples import (
     require_train_memories,
     rows_of_split,
     samples_table,
+    with_neighbours,
 )
 from personas_tune.retrieval.texts import ProfilesInTime, RetrievalTexts, item_texts
 from personas_tune.workspace import COLUMNS, Workspace, open_stage, read_table
@@ -43,6 +46,8 @@ def recipe_main(cfg: DictConfig) -> None:
     uses_profiles = retrieval.query == "user_and_item"
     if uses_profiles:
         inputs.append(workspace.profiles)
+    if retrieval.neighbours:
+        inputs.append(workspace.outside)
     if workspace.left_out.exists():
         inputs.append(workspace.left_out)
 
@@ -74,7 +79,21 @@ def recipe_main(cfg: DictConfig) -> None:
                 min_similarity=retrieval.min_similarity,
                 before_target=retrieval.before_target,
             )
-            stage.write_table(f"{split}.parquet", samples_table(rows, personas, found))
+            samples = samples_table(rows, personas, found)
+            if retrieval.neighbours:
+                samples = with_neighbours(
+                    samples,
+                    *neighbour_ratings(
+                        rows,
+                        train,
+                        read_table(workspace.outside, ("user_id", "item_id", "rating")),
+                        retrieval.neighbours,
+                        before_target=retrieval.before_target,
+                        low=scale.min,
+                        high=scale.max,
+                    ),
+                )
+            stage.write_table(f"{split}.parquet", samples)
             print(f"samples: {len(found)} {split} rows, {sum(map(bool, found))} of them with memories")
 
         prompt = {"template": cfg.prompt.template, "profile": cfg.prompt.profile}

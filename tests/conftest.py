@@ -35,7 +35,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Phi-3-architecture checkpoint in Hugging Face format, with a tokenizer of its own."""
     from personas_tune.datasets import RatingSource
     from personas_tune.prompts.render import render_prompt
-    from personas_tune.training.tiny_base import TinyBaseShape, build_tiny_base, save_tiny_base, train_tokenizer
+    from personas_tune.training.tiny_base import TinyBaseShape, build_tiny_base
+    from personas_tune.training.tiny_checkpoint import save_tiny_base
+    from personas_tune.training.tiny_tokenizers import train_tokenizer
 
     folder = tmp_path_factory.mktemp("base")
     workspace = write_experiment(tmp_path_factory.mktemp("texts"))

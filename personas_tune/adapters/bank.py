@@ -112,6 +112,17 @@ class AdapterBank:
         Raises:
             AdapterError: If names or shapes don't fit the model, or a weight isn't finite.
         """
+        self._require_fitting(weights, where)
+        return self._add(name, weights, _rng_state(self.device))
+
+    def start_from(self, name: str, weights: Mapping[str, Tensor], *, where: str) -> None:
+        """Let an adapter begin with given weights in the place of fresh ones; arguments and errors as above."""
+        self._require_fitting(weights, where)
+        with torch.no_grad():
+            for key, master in self[name].masters.items():
+                master.copy_(weights[key])
+
+    def _require_fitting(self, weights: Mapping[str, Tensor], where: str) -> None:
         expected = {key: tuple(weight.shape) for key, weight in self._working.items()}
         found = {key: tuple(weight.shape) for key, weight in weights.items()}
         if expected != found:
@@ -123,7 +134,6 @@ class AdapterBank:
         broken = next((key for key, weight in weights.items() if not torch.isfinite(weight).all()), None)
         if broken is not None:
             raise AdapterError(f"weight {broken} is not finite", where=where, remedy="train the adapter again")
-        return self._add(name, weights, _rng_state(self.device))
 
     def remove(self, name: str) -> None:
         """Forget an adapter, to make room."""

@@ -20,6 +20,7 @@ from torchtune.modules.peft import get_adapter_params
 
 from personas_tune.adapters.bank import AdapterBank
 from personas_tune.adapters.sharding import make_room_for_adapters, on_first_process, shard
+from personas_tune.datasets.tiktoken_files import read_afresh
 from personas_tune.datasets.tokens import ChatTokenizer
 from personas_tune.errors import CheckpointError, ConfigError, MissingInputError, PersonasTuneError, raise_together
 
@@ -310,7 +311,8 @@ def _check_heads(network: nn.Module, folder: Path) -> None:
 
 def _load_tokenizer(tokenizer: Mapping[str, Any], network: nn.Module) -> ChatTokenizer:
     """The tokenizer, its budget of tokens bounded by the model's."""
-    loaded = _instantiate(tokenizer, "tokenizer")
+    with read_afresh():
+        loaded = _instantiate(tokenizer, "tokenizer")
     longest = int(network.max_seq_len)  # type: ignore[arg-type]
     try:
         chat = ChatTokenizer(loaded)

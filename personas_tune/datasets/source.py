@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from personas_tune.errors import DataError
-from personas_tune.prompts.render import ItemText, PromptParts, label_of
+from personas_tune.prompts.render import ItemText, Neighbours, PromptParts, label_of
 from personas_tune.prompts.templates import TRAITS, Template, find_template
 from personas_tune.retrieval.texts import ProfilesInTime
 from personas_tune.schema import MemoriesSeen
@@ -29,6 +29,7 @@ class Sample:
     rating: float
     persona: int
     memory_positions: tuple[int, ...]
+    neighbours: Neighbours | None = None
 
     @property
     def name(self) -> str:
@@ -75,7 +76,7 @@ class RatingSource:
         return [
             Sample(
                 row["user_id"], row["item_id"], row["position"], row["rating"], row["persona"],
-                tuple(row["memory_positions"]),
+                tuple(row["memory_positions"]), _neighbours(row),
             )
             for row in _rows(files[split], "samples")
         ]  # fmt: skip
@@ -96,6 +97,7 @@ class RatingSource:
             labels=self.labels,
             memories=self._retrieved(sample) if memories != "short" else (),
             item=_look_up(self._items, sample.item_id, "the item has no row in data/items.parquet", sample),
+            neighbours=sample.neighbours,
         )
 
     def prefix_name(self, sample: Sample) -> str:
@@ -138,6 +140,11 @@ def _prompt_settings(path: Path) -> dict[str, Any]:
 def _rows(path: Path, table: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = read_table(path, COLUMNS[table]).to_pylist()
     return rows
+
+
+def _neighbours(row: dict[str, Any]) -> Neighbours | None:
+    rating = row.get("neighbours_rating")
+    return None if rating is None else Neighbours(rating, row["n_neighbours"])
 
 
 def _item_text(row: dict[str, Any]) -> ItemText:

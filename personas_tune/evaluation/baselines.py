@@ -21,8 +21,8 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from threadpoolctl import threadpool_limits
 
+from personas_tune.collaborative.factorisation import Penalties, Ratings, fit_biases, fit_factors
 from personas_tune.errors import EvaluationError
-from personas_tune.evaluation.factorisation import Penalties, Ratings, fit_biases, fit_factors
 from personas_tune.evaluation.prompt_numbers import prompt_numbers
 
 Floats = NDArray[np.float64]
@@ -115,13 +115,15 @@ def fit_baselines(
     * ``ridge_prompt_numbers``: ridge regression on :func:`~personas_tune.evaluation.prompt_numbers.prompt_numbers`,
       with or without their squares and products, chosen by cross-validation that keeps users together.
 
+    * ``neighbours``: what like-minded users say, as the prompts show it; only where they do.
+
     Unknown users and items are predicted by whatever part of a model remains. The order of the rows of
     ``train``, ``outside`` and ``train_samples`` changes nothing, nor does the number of threads.
 
     Args:
         train: The cohort's train rows: user_id, item_id, rating, position.
         outside: Rows of users outside the cohort: user_id, item_id, rating; may be empty.
-        test: Rows to predict: user_id, item_id, memory_positions. A rating column is not read.
+        test: Rows to predict: user_id, item_id, memory_positions, perhaps neighbours_rating. No rating is read.
         items: ``items.parquet``.
         users: ``users.parquet``.
         train_samples: ``samples/train.parquet``.
@@ -142,7 +144,7 @@ def fit_baselines(
     with threadpool_limits(limits=1):
         problem = _number_rows(train, outside, test, np.asarray(labels, dtype=np.float64))
         penalties = _tune_biases(problem)
-        return {
+        baselines = {
             "constant": _constant(problem),
             "global_mean": _global_mean(problem),
             "user_mean": _user_mean(problem),
@@ -151,6 +153,9 @@ def fit_baselines(
             "matrix_factorisation": _matrix_factorisation(problem, penalties, seed),
             "ridge_prompt_numbers": _ridge(train, test, items, users, train_samples, historical_average, problem),
         }
+        if "neighbours_rating" in test.column_names:
+            baselines["neighbours"] = Baseline(problem.clip(test["neighbours_rating"].to_numpy()))
+        return baselines
 
 
 def _number_rows(train: pa.Table, outside: pa.Table, test: pa.Table, labels: Floats) -> _Problem:
@@ -281,13 +286,13 @@ def _ridge(
     features = prompt_numbers(train_samples, train, items, users, historical_average, leave_own_out=True)
     ratings = train_samples["rating"].to_numpy().astype(np.float64)
     groups = _places(train_samples["user_id"], _distinct([train_samples["user_id"]]))
-    model = _cross_validated_ridge(features, ratings, groups)
+    model = cross_validated_ridge(features, ratings, groups)
     asked = prompt_numbers(test, train, items, users, historical_average, leave_own_out=False)
     tuned = {"alpha": model["ridge"].alpha, "degree": float(model["products"].degree)}
     return Baseline(problem.clip(model.predict(asked)), tuned)
 
 
-def _cross_validated_ridge(features: Floats, ratings: Floats, groups: Indices) -> Pipeline:
+def cross_validated_ridge(features: Floats, ratings: Floats, groups: Indices) -> Pipeline:
     """A ridge regression on standardised features and perhaps their products, tuned over groups."""
     n_groups = len(np.unique(groups))
     pipeline = Pipeline(

@@ -6,7 +6,7 @@ out, and the ``_filled`` errors measure all rows, with the user's train mean whe
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,29 +15,18 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from sklearn.metrics import mean_absolute_error, root_mean_squared_error
 
-from personas_tune.errors import ConfigError, EvaluationError
+from personas_tune.errors import EvaluationError
 from personas_tune.evaluation.intervals import (
     DEFAULT_RESAMPLING,
     Resampling,
     interval_of_mae,
     interval_of_rmse,
-    paired_difference,
 )
 
 Floats = NDArray[np.float64]
 Strings = NDArray[Any]
 
 _SPLIT_REMEDY = "change data.split.train_fraction"
-
-# What every agent is compared with, besides the other agents.
-REFERENCE_BASELINES = (
-    "constant",
-    "user_mean",
-    "item_mean",
-    "user_item_bias",
-    "matrix_factorisation",
-    "ridge_prompt_numbers",
-)
 
 
 def rmse(ratings: Floats, predicted: Floats) -> float:
@@ -48,6 +37,11 @@ def rmse(ratings: Floats, predicted: Floats) -> float:
 def mae(ratings: Floats, predicted: Floats) -> float:
     """Mean absolute error; NaN when there is no row."""
     return float(mean_absolute_error(ratings, predicted)) if len(ratings) else math.nan
+
+
+def skill_score(rmse: float, reference: float) -> float:
+    """1 - MSE / MSE of a reference: 1 is perfect, 0 as good, below 0 worse; NaN where the reference is perfect."""
+    return 1 - rmse**2 / reference**2 if reference > 0 else math.nan
 
 
 def train_means(user_ids: Sequence[str], users: pa.Table) -> Floats:
@@ -133,54 +127,7 @@ def measure_agent(
             for name, count, squared, absolute in zip(names, n, sse, sae, strict=True)
         },
     }
-    return {key: _without_nan(value) for key, value in measured.items()}
-
-
-def comparison_pairs(agents: Sequence[str], baselines: Iterable[str]) -> list[tuple[str, str]]:
-    """Which predictors the table compares: each agent with the agents named before it and with the baselines.
-
-    Raises:
-        ConfigError: If an agent bears a baseline's name.
-    """
-    references = [name for name in baselines if name in REFERENCE_BASELINES]
-    clashes = sorted(set(agents) & set(baselines))
-    if clashes:
-        raise ConfigError(f"{clashes[0]!r} is the name of a baseline", where="agents", remedy="rename the agent")
-    pairs = []
-    for place, agent in enumerate(agents):
-        pairs += [(agent, other) for other in [*agents[:place], *references]]
-    return pairs
-
-
-def compare_predictors(
-    user_ids: Sequence[str] | Strings,
-    ratings: Floats,
-    filled: Mapping[str, Floats],
-    pairs: Iterable[tuple[str, str]],
-    resampling: Resampling = DEFAULT_RESAMPLING,
-) -> list[dict[str, Any]]:
-    """RMSE differences between predictors on all rows, with intervals that resample users.
-
-    Args:
-        user_ids: The user of each test row, shape ``(n,)``.
-        ratings: The true ratings, shape ``(n,)``.
-        filled: Each predictor's predictions by name, without gaps (:func:`fill_unparsed`), shape ``(n,)``.
-        pairs: Names a and b of each comparison.
-        resampling: How the intervals are drawn; all comparisons use the same draws.
-
-    Returns:
-        For each pair: ``a``, ``b``, ``difference`` (RMSE of a minus RMSE of b), ``low`` and ``high``.
-    """
-    sse = {}
-    n = np.zeros(0)
-    for name, predicted in filled.items():
-        _, n, sse[name], _ = _sum_by_user(np.asarray(user_ids), ratings, predicted)
-    compared = []
-    for a, b in pairs:
-        difference, low, high = paired_difference(sse[a], sse[b], n, resampling)
-        ends = {"difference": difference, "low": low, "high": high}
-        compared.append({"a": a, "b": b} | {key: _without_nan(value) for key, value in ends.items()})
-    return compared
+    return {key: without_nan(value) for key, value in measured.items()}
 
 
 def _sum_by_user(user_ids: Strings, ratings: Floats, predicted: Floats) -> tuple[Strings, Floats, Floats, Floats]:
@@ -207,10 +154,10 @@ def _measure_personas(personas: NDArray[Any], ratings: Floats, predicted: Floats
     return measured
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """The same nested value with None in the place of every number that JSON can't hold."""
     if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
+        return {key: without_nan(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_without_nan(entry) for entry in value]
+        return [without_nan(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -24,7 +24,7 @@ def prompt_numbers(
     *,
     leave_own_out: bool,
 ) -> Floats:
-    """The features of each sample, shape ``(n_samples, 18)``.
+    """The features of each sample, shape ``(n_samples, 18)``, or ``(n_samples, 21)`` where samples have neighbours.
 
     Of the item:
         0 mean rating as printed (the train mean where none is), 1 whether none is printed,
@@ -36,6 +36,8 @@ def prompt_numbers(
     Of the memories retrieved for the item:
         15 mean rating of their rows minus the user's mean (0 where there is none), 16 whether there is none,
         17 log(1 + how many there are).
+    Of like-minded users, where ``samples`` has neighbours_rating:
+        18 what they give the item, 19 the same minus the user's mean, 20 log(1 + how many they are).
 
     Args:
         samples: user_id, item_id, memory_positions; with ``leave_own_out`` also rating.
@@ -60,7 +62,7 @@ def prompt_numbers(
     by_item = _item_numbers(samples["item_id"], items, overall, own_in_item)
     by_memory = _memory_numbers(samples["memory_positions"], owners, train_owners, train["position"], train_ratings)
     by_memory[:, 0] = np.where(by_memory[:, 1] == 1, 0.0, by_memory[:, 0] - by_user[:, 0])
-    return np.hstack([by_item, by_user, by_memory])
+    return np.hstack([by_item, by_user, by_memory, *_neighbour_numbers(samples, by_user[:, 0])])
 
 
 def _rows_of(ids: pa.ChunkedArray, known: pa.ChunkedArray) -> Indices:
@@ -143,8 +145,15 @@ def _memory_numbers(
     return np.column_stack([total / np.maximum(n, 1), n == 0, np.log1p(n)])
 
 
+def _neighbour_numbers(samples: pa.Table, user_means: Floats) -> list[Floats]:
+    if "neighbours_rating" not in samples.column_names:
+        return []
+    ratings = _numbers(samples["neighbours_rating"])
+    return [np.column_stack([ratings, ratings - user_means, np.log1p(_numbers(samples["n_neighbours"]))])]
+
+
 def feature_names() -> list[str]:
-    """Names of :func:`prompt_numbers`' columns, in order."""
+    """Names of :func:`prompt_numbers`' first 18 columns, in order."""
     item = ["item_mean", "no_item_mean", "log_n_ratings", "item_mean_by_log_n_ratings", "year", "no_year"]
     user = ["user_mean", "user_spread", "log_n_train", *TRAIT_COLUMNS]
     return [*item, *user, "memory_mean_minus_user_mean", "no_memory", "log_n_memories"]

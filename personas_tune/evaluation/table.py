@@ -3,9 +3,23 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from personas_tune.evaluation.own_versus_other import own_versus_other_cells, own_versus_other_note
+
 _LEAKY = "leaky (the paper's way)"
 _NONE = "-"
 _VERDICTS = {True: "better", False: "worse", None: "not told apart"}
+_FIGURES = {
+    "accuracy": "accuracy",
+    "within 1": "within_1",
+    "kappa": "kappa",
+    "Pearson": "pearson",
+    "Spearman": "spearman",
+    "order": "pairwise_order",
+    "NLL": "nll",
+    "RPS": "rps",
+    "ECE": "ece",
+}
+_DISTANCES = {"JS": "js", "W1": "wasserstein", "var.": "variance_ratio"}
 
 
 def write_table(metrics: Mapping[str, Any]) -> str:
@@ -13,10 +27,11 @@ def write_table(metrics: Mapping[str, Any]) -> str:
 
     Args:
         metrics: What ``metrics.json`` holds. ``agents`` are what
-            :func:`~personas_tune.evaluation.metrics.measure_agent` returns plus name, base, adapters, memories and
-            readout; ``baselines`` the same plus name and, where something was chosen, tuned; ``oracle`` the same
-            for the best possible predictor, or None; ``paired`` what
-            :func:`~personas_tune.evaluation.metrics.compare_predictors` returns; ``settings`` has
+            :func:`~personas_tune.evaluation.metrics.measure_agent` and
+            :func:`~personas_tune.evaluation.faithfulness.measure_faithfulness` return plus name, base, adapters,
+            memories, readout and published; ``baselines`` the same plus name and, where something was chosen, tuned;
+            ``oracle`` the same for the best possible predictor, or None; ``paired`` what
+            :func:`~personas_tune.evaluation.comparisons.compare_predictors` returns; ``settings`` has
             historical_average, traits, n_users, n_rows, seed, n_resamples and confidence.
 
     Returns:
@@ -26,15 +41,21 @@ def write_table(metrics: Mapping[str, Any]) -> str:
     confidence = f"{100 * settings['confidence']:g}%"
     blocks = [
         "\n".join(_format_table(*_predictor_cells(metrics, confidence))),
+        "\n".join(_format_table(*_faithfulness_cells(metrics))),
         *(["\n".join(_format_table(*_pair_cells(metrics["paired"], confidence)))] if metrics["paired"] else []),
+        *(
+            "\n".join(_format_table(*own_versus_other_cells(agent, measured)))
+            for agent, measured in metrics.get("own_versus_other", {}).items()
+        ),
         "\n".join(_notes(metrics, confidence)),
     ]
     return "\n\n".join(blocks) + "\n"
 
 
 def _predictor_cells(metrics: Mapping[str, Any], confidence: str) -> tuple[list[str], list[list[str]]]:
-    rows = [*metrics["agents"], *metrics["baselines"], *([metrics["oracle"]] if metrics["oracle"] else [])]
+    rows = _predictors(metrics)
     some_unparsed = any(row["n_parsed"] < row["n"] for row in rows)
+    some_published = any(row.get("published") for row in rows)
     header = [
         "predictor",
         "base",
@@ -46,7 +67,16 @@ def _predictor_cells(metrics: Mapping[str, Any], confidence: str) -> tuple[list[
         f"MAE [{confidence}]",
     ]
     header += ["URR", *(["RMSE filled", "MAE filled"] if some_unparsed else []), "macro RMSE"]
-    return header, [_predictor_row(row, some_unparsed) for row in rows]
+    cells = [_predictor_row(row, some_unparsed) for row in rows]
+    if some_published:
+        header.append("paper RMSE / MAE / URR")
+        cells = [[*row, _published(each.get("published"))] for row, each in zip(cells, rows, strict=True)]
+    return header, cells
+
+
+def _predictors(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Agents, baselines and, where there is one, the floor."""
+    return [*metrics["agents"], *metrics["baselines"], *([metrics["oracle"]] if metrics["oracle"] else [])]
 
 
 def _predictor_row(row: Mapping[str, Any], some_unparsed: bool) -> list[str]:
@@ -58,7 +88,7 @@ def _predictor_row(row: Mapping[str, Any], some_unparsed: bool) -> list[str]:
         *origin,
         str(row["n"]),
         *errors,
-        f"{100 * row['urr']:.2f}%",
+        _percent(row["urr"]),
         *filled,
         _number(row["macro_rmse"]),
     ]
@@ -70,13 +100,38 @@ def _title(row: Mapping[str, Any]) -> str:
     return row["name"] if label is None else f"{row['name']} {label:g}"
 
 
+def _published(figures: Mapping[str, Any] | None) -> str:
+    if figures is None:
+        return _NONE
+    return f"{_number(figures['rmse'])} / {_number(figures['mae'])} / {_percent(figures['urr'])}"
+
+
+def _faithfulness_cells(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    rows = _predictors(metrics)
+    conventions = {"": "overall", " pts": "points"} if any(map(_draws, rows)) else {"": "overall"}
+    cells = []
+    for row in rows:
+        distances = [row["distribution"][each][key] for each in conventions.values() for key in _DISTANCES.values()]
+        cells.append([_title(row), *map(_number, [*(row[key] for key in _FIGURES.values()), *distances])])
+    return ["faithfulness", *_FIGURES, *(f"{name}{ending}" for ending in conventions for name in _DISTANCES)], cells
+
+
+def _draws(row: Mapping[str, Any]) -> bool:
+    """Whether a predictor's ratings are simulated by drawing from its probabilities."""
+    return bool(row["distribution"]["overall"] != row["distribution"]["points"])
+
+
 def _pair_cells(paired: Sequence[Mapping[str, Any]], confidence: str) -> tuple[list[str], list[list[str]]]:
-    header = ["agent", "against", f"RMSE difference [{confidence}]", "agent is"]
+    header = ["agent", "against", f"RMSE difference [{confidence}]", "agent is", f"MAE difference [{confidence}]"]
     rows = []
     for pair in paired:
-        ends = [pair["low"], pair["high"]]
-        rows.append([pair["a"], pair["b"], _with_interval(pair["difference"], ends, "+"), _VERDICTS[_is_better(*ends)]])
+        verdict = _VERDICTS[_is_better(pair["low"], pair["high"])]
+        rows.append([pair["a"], pair["b"], _difference(pair), verdict, _difference(pair["mae"])])
     return header, rows
+
+
+def _difference(found: Mapping[str, Any]) -> str:
+    return _with_interval(found["difference"], [found["low"], found["high"]], "+")
 
 
 def _is_better(low: float | None, high: float | None) -> bool | None:
@@ -84,6 +139,10 @@ def _is_better(low: float | None, high: float | None) -> bool | None:
     if low is None or high is None or low <= 0 <= high:
         return None
     return high < 0
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}%"
 
 
 def _number(value: float | None, sign: str = "") -> str:
@@ -128,10 +187,36 @@ def _notes(metrics: Mapping[str, Any], confidence: str) -> list[str]:
     ]
     if any(row["n_parsed"] < row["n"] for row in metrics["agents"]):
         notes.append("Filled: all rows, with the user's train mean where there is no answer; differences use these.")
-    notes.append("Differences are RMSE of the agent minus RMSE of the other on the same rows: negative is better.")
+    notes.append(
+        "Differences are the agent's RMSE (MAE) minus the other's on the same rows: negative is better; "
+        '"agent is" goes by the RMSE.'
+    )
+    notes += _conventions_of_faithfulness(metrics)
     if tuned:
         notes.append(f"Baselines are fitted on train and outside rows and tuned on train rows: {'; '.join(tuned)}.")
+    crosswise = metrics.get("own_versus_other", {})
+    notes += [own_versus_other_note(agent, measured) for agent, measured in crosswise.items()]
     return [f"- {note}" for note in notes]
+
+
+def _conventions_of_faithfulness(metrics: Mapping[str, Any]) -> list[str]:
+    """What the second table's figures mean, a line each."""
+    notes = [
+        "Faithfulness, over rows with an answer. Accuracy, within 1 and kappa (quadratic) are of the label nearest the "
+        "prediction.",
+        "Order: share of pairs of a user's rows with different true ratings that are ordered right, ties one half.",
+        "NLL (nats), RPS (0 to 1) and ECE are of the label probabilities, of predictors that have them.",
+        "JS (nats, at most 0.693) and W1 (units of rating): distances between the labels' shares among true and among "
+        "simulated ratings; 0 is best. Var.: variance of simulated over that of true ratings; 1 is best.",
+    ]
+    if any(map(_draws, _predictors(metrics))):
+        notes.append(
+            "JS, W1, var.: an agent with readout expected simulates by drawing from its probabilities, all others "
+            "answer the label nearest their prediction. Pts: every predictor answers that label."
+        )
+    if any(row.get("published") for row in metrics["agents"]):
+        notes.append("Paper: figures published for the row that an agent reproduces, on that paper's own test rows.")
+    return notes
 
 
 def _leak(setting: str) -> str:

@@ -1,6 +1,6 @@
 """What the stage ``personas/`` leaves behind, and how new users are assigned from it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,27 +13,39 @@ from personas_tune.embedding.vectors import Space, require_same_space
 from personas_tune.errors import DataError
 from personas_tune.personas.clustering import PersonaChoice, UserClusters, assign_users
 from personas_tune.personas.profiles import embed_profiles
+from personas_tune.personas.stability import Stability
+from personas_tune.personas.words import DistinctWord
 from personas_tune.workspace import Workspace, read_json
 
 
-def personas_table(user_ids: Sequence[str], clusters: UserClusters) -> pa.Table:
-    """``personas.parquet``: user, persona, distance to its centre."""
+def personas_table(user_ids: Sequence[str], clusters: UserClusters, places: NDArray[np.float64]) -> pa.Table:
+    """``personas.parquet``: user, persona, distance to its centre, place on the map (shape ``(n_users, 2)``)."""
     return pa.table(
         {
             "user_id": pa.array(user_ids, pa.string()),
             "persona": pa.array(clusters.personas, pa.int32()),
             "distance": pa.array(clusters.distances, pa.float64()),
+            "x": pa.array(places[:, 0], pa.float64()),
+            "y": pa.array(places[:, 1], pa.float64()),
         }
     )
 
 
-def clustering_record(choice: PersonaChoice, space: Space, rule: int | str) -> dict[str, Any]:
+def clustering_record(
+    choice: PersonaChoice,
+    space: Space,
+    rule: int | str,
+    words: Sequence[Sequence[DistinctWord]],
+    stability: Stability | None,
+) -> dict[str, Any]:
     """``clustering.json``: how the personas came about, and what every other k would have given.
 
     Args:
         choice: What was taken.
         space: The space of the profile embeddings, and so of the centres.
         rule: The setting that decided: a number or ``elbow``.
+        words: The most distinct words of each persona.
+        stability: How alike other seeds group the users; None if it wasn't measured.
     """
     tried = zip(choice.candidates, choice.silhouettes, strict=True)
     return {
@@ -48,7 +60,13 @@ def clustering_record(choice: PersonaChoice, space: Space, rule: int | str) -> d
             for candidate, silhouette in tried
         ],
         "centres": choice.clusters.centres.tolist(),
+        "words": {str(persona): [asdict(word) for word in of_persona] for persona, of_persona in enumerate(words)},
+        "stability": None if stability is None else _stability_record(stability),
     }
+
+
+def _stability_record(stability: Stability) -> Mapping[str, Any]:
+    return {**asdict(stability), "mean": stability.mean, "low": stability.low}
 
 
 def assign_new_users(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from personas_tune.errors import PromptError
 from personas_tune.prompts.labels import rating_label
@@ -31,6 +32,13 @@ class ItemText:
     cast: tuple[str, ...] = ()
 
 
+class Neighbours(NamedTuple):
+    """What like-minded users gave an item, on the user's own scale, and how many they are."""
+
+    rating: float
+    n: int
+
+
 @dataclass(frozen=True)
 class PromptParts:
     """All that a prompt is made of; an empty part leaves its section out."""
@@ -40,6 +48,7 @@ class PromptParts:
     labels: tuple[str, ...]
     memories: tuple[str, ...]
     item: ItemText
+    neighbours: Neighbours | None = None
 
 
 Message = Mapping[str, str]
@@ -76,6 +85,9 @@ def render_prompt(template: Template, parts: PromptParts) -> list[Message]:
     if parts.memories:
         user.append("\n".join([template.memories_heading, *(f"- {memory}" for memory in parts.memories)]))
     user.append(f"{template.item_heading} {describe_item(parts.item, template.people_heading)}")
+    if parts.neighbours is not None:
+        words = template.neighbours if parts.neighbours.n else template.no_neighbours
+        user.append(words.format(**parts.neighbours._asdict()))
     return [
         {"role": "system", "content": "\n".join(system)},
         {"role": "user", "content": "\n".join(user)},
@@ -87,7 +99,7 @@ def shorter_versions(parts: PromptParts) -> Iterator[PromptParts]:
 
     First the item's people beyond three, then all of them; then memories, the least similar first;
     then the item's summary; then the profile's sentences, the last first, down to its first one.
-    The item's title, genres and average, the instructions and the answer are never touched.
+    The item's title, genres, average and neighbours, the instructions and the answer are never touched.
     """
     if len(parts.item.cast) > 3:
         parts = replace(parts, item=replace(parts.item, cast=parts.item.cast[:3]))

@@ -25,6 +25,8 @@ class Template:
         memories_heading: Stands before the memories, when there are any.
         item_heading: Stands before the item to rate.
         people_heading: Stands before the names of an item's people.
+        neighbours: What like-minded users gave the item; takes ``{n}`` and ``{rating}``.
+        no_neighbours: What other users gave it when no like-minded one did; takes ``{rating}``.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Template:
     memories_heading: str
     item_heading: str
     people_heading: str
+    neighbours: str
+    no_neighbours: str
 
     def instructions(self, labels: Sequence[str]) -> str:
         """The instruction with the scale's labels put in."""
@@ -64,6 +68,8 @@ MOVIES = Template(
     memories_heading="What I remember of films like it:",
     item_heading="Film:",
     people_heading="With",
+    neighbours="Viewers with my taste ({n}) give it {rating:.1f} on my scale.",
+    no_neighbours="Other viewers give it {rating:.1f} on my scale.",
 )
 
 GENERIC = Template(
@@ -90,6 +96,8 @@ GENERIC = Template(
     memories_heading="What I remember of items like it:",
     item_heading="Item:",
     people_heading="By",
+    neighbours="Users with my taste ({n}) give it {rating:.1f} on my scale.",
+    no_neighbours="Other users give it {rating:.1f} on my scale.",
 )
 
 TEMPLATES = {template.name: template for template in (MOVIES, GENERIC)}

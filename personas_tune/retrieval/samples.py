@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from personas_tune.embedding import EmbeddingSettings, load_embedder
 from personas_tune.embedding.vectors import Embedder, Fittable, embed_repeated, require_same_space
@@ -149,6 +151,18 @@ def samples_table(rows: pa.Table, personas: pa.Table, memory_positions: Sequence
     return pa.table(
         {**columns, "persona": persona, "memory_positions": pa.array(memory_positions, pa.list_(pa.int32()))}
     )
+
+
+def with_neighbours(samples: pa.Table, ratings: NDArray[np.float64], n_neighbours: NDArray[np.int64]) -> pa.Table:
+    """Samples with what like-minded users gave each item, in the columns neighbours_rating and n_neighbours.
+
+    Args:
+        samples: N samples.
+        ratings: On the user's own scale, shape ``(N,)``.
+        n_neighbours: How many users they rest on, shape ``(N,)``.
+    """
+    samples = samples.append_column("neighbours_rating", pa.array(ratings, pa.float64()))
+    return samples.append_column("n_neighbours", pa.array(n_neighbours, pa.int32()))
 
 
 def require_train_memories(memories: pa.Table, train: pa.Table) -> None:

@@ -69,6 +69,17 @@ class TrainingSettings:
         return self.epochs * self.steps_per_epoch(n_rows)
 
 
+@dataclass(frozen=True)
+class StepFigures:
+    """What is kept of a step, and is the same whenever the training is repeated; see :class:`StepReport`."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    n_rows: int
+    validation_loss: float | None
+
+
 @dataclass
 class AdapterJob:
     """One adapter of the bank with all that its training needs.
@@ -82,6 +93,7 @@ class AdapterJob:
         validation_rows: Rows whose loss is measured after each epoch.
         steps_done: Optimizer steps taken so far; with the seed it says which rows come next.
         validation_losses: One per epoch that is done.
+        history: Figures of every step taken so far.
     """
 
     name: str
@@ -92,6 +104,7 @@ class AdapterJob:
     validation_rows: Sequence[TokenRow] = ()
     steps_done: int = 0
     validation_losses: list[float] = field(default_factory=list)
+    history: list[StepFigures] = field(default_factory=list)
     _order: tuple[int, list[int]] | None = field(default=None, repr=False)
 
     def next_rows(self, settings: TrainingSettings) -> tuple[int, list[int]]:
@@ -138,6 +151,11 @@ class StepReport:
     grad_norm: float | None
     seconds: float
     validation_loss: float | None = None
+
+    @property
+    def figures(self) -> StepFigures:
+        """What a repeated training would report, too."""
+        return StepFigures(self.step, self.loss, self.learning_rate, self.n_rows, self.validation_loss)
 
 
 def require_token_loss(loss_fn: nn.Module) -> None:
@@ -204,6 +222,7 @@ def train_steps(
             loss = validation_loss(model, bank, job, loss_fn, settings.batch_size, pad_id, team)
             job.validation_losses.append(loss)
             report = replace(report, validation_loss=loss)
+        job.history.append(report.figures)
         yield report
 
 

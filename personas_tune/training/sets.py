@@ -1,9 +1,11 @@
 """Which rows each adapter of a set is trained on."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from personas_tune.adapters.bank import stable_seed
 from personas_tune.datasets.source import Sample
@@ -29,6 +31,8 @@ def plan_adapter_set(
     shuffle_personas: bool,
     validation_share: float | None,
     seed: int,
+    rows_from: str = "own",
+    share: float = 1,
 ) -> tuple[list[AdapterPlan], dict[str, str]]:
     """The adapters of a set with their rows, and the adapter of every user.
 
@@ -40,18 +44,27 @@ def plan_adapter_set(
         shuffle_personas: See :func:`assign_users_to_adapters`.
         validation_share: Share of each user's rows, the latest, that is held out; None for none.
         seed: The experiment's seed.
+        rows_from: Of a set with an adapter per persona, whose rows each is trained on: its ``own`` users', or as
+            many drawn evenly from ``all`` users (a control: grouping is all that differs).
+        share: Of each user's rows, how many the set is trained on (see :func:`share_of_each_user`).
 
     Raises:
-        ConfigError: If there are fewer rows than asked for.
+        ConfigError: If there are fewer rows than asked for, or an adapter gets none.
         DataError: If there is no row at all.
     """
     if not samples:
         raise DataError("no row to train on", where="samples/train.parquet", remedy="raise data.split.train_fraction")
     assignment = assign_users_to_adapters(samples, per=per, shuffle_personas=shuffle_personas, seed=seed)
     n_rows = number_of_rows(samples, rows)
-    kept = range(len(samples)) if n_rows == len(samples) else subsample_per_user(samples, n_rows, seed)
+    kept = share_of_each_user(samples, share, seed)
+    if n_rows < len(samples):
+        kept = subsample_per_user(samples, n_rows, seed)
+    by_adapter = rows_per_adapter(samples, kept, assignment)
+    _require_rows(by_adapter, assignment, share)
+    if rows_from == "all":
+        by_adapter = {name: as_many_of_all(samples, kept, len(mine), name, seed) for name, mine in by_adapter.items()}
     plans = []
-    for adapter, mine in rows_per_adapter(samples, kept, assignment).items():
+    for adapter, mine in by_adapter.items():
         train, held_out = latest_share(samples, mine, validation_share or 0.0)
         plans.append(AdapterPlan(adapter, train, held_out))
     return plans, assignment
@@ -135,6 +148,60 @@ def subsample_per_user(samples: Sequence[Sample], n_rows: int, seed: int) -> lis
     generator = np.random.default_rng(stable_seed(seed, "subsample"))
     chosen = [generator.permutation(rows)[:n].tolist() for rows, n in zip(by_user.values(), quota, strict=True)]
     return sorted(index for rows in chosen for index in rows)
+
+
+def share_of_each_user(samples: Sequence[Sample], share: float, seed: int) -> list[int]:
+    """Draw a share of every user's rows.
+
+    Of a user with n rows it is ``share`` x n, rounded up for some users and down for others, so that the total is
+    about right even where users have few rows. A larger share holds the rows of a smaller one. Sets with one share
+    have the same rows, however they are grouped.
+
+    Returns:
+        Row indices, ascending.
+    """
+    places = _places_within_users(samples, range(len(samples)), stable_seed(seed, "share"))
+    return np.flatnonzero(places < share).tolist()
+
+
+def as_many_of_all(samples: Sequence[Sample], kept: Sequence[int], n_rows: int, adapter: str, seed: int) -> list[int]:
+    """Draw ``n_rows`` of the ``kept`` rows, about the same share from every user; each adapter has its own draw.
+
+    More rows hold those of fewer.
+
+    Returns:
+        Row indices, ascending.
+    """
+    places = _places_within_users(samples, kept, stable_seed(seed, "rows of all users", adapter))
+    return sorted(kept[place] for place in np.argsort(places, kind="stable")[:n_rows])
+
+
+def _places_within_users(samples: Sequence[Sample], rows: Sequence[int], seed: int) -> NDArray[np.float64]:
+    """A place in [0, 1) for each row: a user's rows in random order, evenly spaced from a random start.
+
+    The rows below a bound are then about that share of every user's (systematic sampling).
+    """
+    by_user: dict[str, list[int]] = {}
+    for number, index in enumerate(rows):
+        by_user.setdefault(samples[index].user_id, []).append(number)
+    generator = np.random.default_rng(seed)
+    # The starts are spread evenly over the users, so that as many round up as should.
+    starts = (generator.permutation(len(by_user)) + 0.5) / len(by_user)
+    places = np.empty(len(rows))
+    for start, mine in zip(starts, by_user.values(), strict=True):
+        places[generator.permutation(mine)] = (np.arange(len(mine)) + start) / len(mine)
+    return places
+
+
+def _require_rows(by_adapter: Mapping[str, Sequence[int]], assignment: Mapping[str, str], share: float) -> None:
+    without = sorted(set(assignment.values()) - by_adapter.keys())
+    if without:
+        n_users = Counter(assignment.values())[without[0]]
+        raise ConfigError(
+            f"adapter {without[0]} of {n_users} user(s) gets no row at share {share:g}",
+            where="adapter_sets",
+            remedy="raise share or lower personas.k",
+        )
 
 
 def latest_share(samples: Sequence[Sample], rows: Sequence[int], share: float) -> tuple[list[int], list[int]]:

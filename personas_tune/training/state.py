@@ -4,6 +4,7 @@ import importlib
 import random
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from personas_tune.adapters.bank import AdapterBank
-from personas_tune.training.fit import AdapterJob
+from personas_tune.training.fit import AdapterJob, StepFigures
 from personas_tune.training.schedule import move_training_state
 
 # Packages whose tensor types (states of 8-bit and 4-bit optimizers) may be made again from a file.
@@ -19,7 +20,7 @@ _TENSOR_PACKAGES = ("torchao",)
 
 
 def job_state(bank: AdapterBank, job: AdapterJob) -> dict[str, Any]:
-    """Everything that the rest of an adapter's training depends on, and its validation losses."""
+    """Everything that the rest of an adapter's training depends on, and the figures of its steps so far."""
     adapter = bank[job.name]
     return {
         "weights": {name: weight.detach() for name, weight in adapter.masters.items()},
@@ -28,6 +29,7 @@ def job_state(bank: AdapterBank, job: AdapterJob) -> dict[str, Any]:
         "lr_scheduler": None if job.lr_scheduler is None else job.lr_scheduler.state_dict(),
         "steps_done": job.steps_done,
         "validation_losses": job.validation_losses,
+        "history": [list(astuple(figures)) for figures in job.history],
     }
 
 
@@ -54,6 +56,7 @@ def restore_job(bank: AdapterBank, job: AdapterJob, state: Mapping[str, Any], *,
         job.lr_scheduler.load_state_dict(state["lr_scheduler"])
     job.steps_done = state["steps_done"]
     job.validation_losses = list(state["validation_losses"])
+    job.history = [StepFigures(*figures) for figures in state["history"]]
     move_training_state(adapter.masters.values(), job.optimizer, waits_on)
 
 

@@ -1,16 +1,32 @@
-"""Showing and logging the steps of a training."""
+"""Showing, logging and keeping the steps of a training."""
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torchtune import training
 from tqdm import tqdm
 
-from personas_tune.training.fit import StepReport
+from personas_tune.training.fit import StepFigures, StepReport
 from personas_tune.training.schedule import Progress
+
+
+def losses_table(histories: Mapping[str, Sequence[StepFigures]]) -> pa.Table:
+    """``losses.parquet``: a row for each step of each adapter, in the order given."""
+    steps = [(adapter, figures) for adapter, history in histories.items() for figures in history]
+    return pa.table(
+        {
+            "adapter": pa.array([adapter for adapter, _ in steps], pa.string()),
+            "step": pa.array([figures.step for _, figures in steps], pa.int32()),
+            "loss": pa.array([figures.loss for _, figures in steps], pa.float64()),
+            "learning_rate": pa.array([figures.learning_rate for _, figures in steps], pa.float64()),
+            "n_rows": pa.array([figures.n_rows for _, figures in steps], pa.int32()),
+            "validation_loss": pa.array([figures.validation_loss for _, figures in steps], pa.float64()),
+        }
+    )
 
 
 class StepLog:

@@ -1,35 +1,30 @@
-"""A small Phi-3-architecture base trained from nothing, with a tokenizer of its own.
+"""A small base of Phi-3's or Llama-3's architecture trained from nothing.
 
-It stands in for Phi-3-Mini where there is no network, no GPU and no time, and goes through the
-same tokenizer, checkpointer and recipes: the folder that is written is a Hugging Face checkpoint.
+It stands in for Phi-3-Mini or LLaMA-3-8B where there is no network, no GPU and no time, and goes
+through the same tokenizer, checkpointer and recipes (``tiny_tokenizers.py``, ``tiny_checkpoint.py``).
 """
 
-import io
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchtune.models.phi3 import phi3, phi3_mini_tokenizer
-from torchtune.models.phi3._convert_weights import phi3_tune_to_hf
-from torchtune.models.phi3._tokenizer import PHI3_SPECIAL_TOKENS
+from torchtune.models.llama3 import llama3
+from torchtune.models.phi3 import phi3
 
 from personas_tune.datasets.tokens import TokenRow
-from personas_tune.errors import ConfigError
 from personas_tune.training.batches import shared_length
 from personas_tune.training.shared_prefix import shared_logits
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {"phi3": phi3, "llama3": llama3}
 
 
 @dataclass(frozen=True)
 class TinyBaseShape:
-    """Sizes of a tiny base, named as torchtune's ``phi3`` builder names them."""
+    """Architecture (``phi3`` or ``llama3``) and sizes of a tiny base, named as torchtune's builders name them."""
 
     vocab_size: int
     num_layers: int
@@ -38,6 +33,7 @@ class TinyBaseShape:
     embed_dim: int
     intermediate_dim: int
     max_seq_len: int
+    architecture: str = "phi3"
 
 
 @dataclass(frozen=True)
@@ -69,59 +65,18 @@ class TinyBaseTraining:
     seed: int
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path, *, split_digits: bool = True) -> Any:
-    """Train a SentencePiece BPE model with Phi-3's special tokens and load it as torchtune's Phi-3 tokenizer.
-
-    Args:
-        texts: What it is trained on.
-        vocab_size: Pieces, special ones included; equals the model's.
-        folder: Gets ``tokenizer.model`` and ``special_tokens.json``.
-        split_digits: Make each digit a token of its own.
-
-    Raises:
-        ConfigError: If the texts don't give so many pieces.
-    """
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type="bpe",
-            control_symbols=list(PHI3_SPECIAL_TOKENS),
-            unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-            byte_fallback=True,
-        split_digits=split_digits,
-                normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            num_threads=1,
-            minloglevel=2,
-        )  # fmt: skip
-    except RuntimeError as error:
-        reason = " ".join(str(error).rpartition("] ")[2].split())
-        raise ConfigError(
-            f"no vocabulary of {vocab_size} from these texts", where="base_training.vocab_size", remedy=reason
-        ) from error
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    special = [{"id": pieces.piece_to_id(token), "content": token} for token in PHI3_SPECIAL_TOKENS]
-    (folder / "special_tokens.json").write_text(
-        json.dumps({"added_tokens": special}, indent=1) + "\n", encoding="utf-8"
-    )
-    return phi3_mini_tokenizer(str(folder / "tokenizer.model"), special_tokens_path=str(folder / "special_tokens.json"))
-
-
 def build_tiny_base(shape: TinyBaseShape, seed: int) -> nn.Module:
     """A randomly initialised model.
 
     Weights are normal with sd sqrt(2 / (5 d)) (SmallInit, Nguyen and Salazar 2019), which at GPT-2's width is
     its 0.02; those that write to the residual stream are scaled down by sqrt(2 x layers), as GPT-2's are.
     """
+    sizes = asdict(shape)
+    build = _BUILDERS[sizes.pop("architecture")]
     sd = math.sqrt(2 / (5 * shape.embed_dim))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model: nn.Module = phi3(**asdict(shape))
+        model = build(**sizes)
         for name, weight in model.named_parameters():
             if weight.dim() == 2:
                 residual = name.endswith(("output_proj.weight", "w2.weight"))
@@ -187,35 +142,6 @@ def _language_loss(
     )
     answers, prompts = losses[in_answer].mean(), losses[~in_answer].mean()
     return answers + settings.prompt_loss_weight * prompts, answers.item()
-
-
-def save_tiny_base(model: nn.Module, shape: TinyBaseShape, special_ids: dict[str, int], folder: Path) -> None:
-    """Write ``config.json`` and ``model.safetensors`` (bf16) in Hugging Face's Phi-3 format."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = phi3_tune_to_hf({name: weight.detach() for name, weight in model.state_dict().items()})
-    stored = {name: weight.to(torch.bfloat16).contiguous() for name, weight in weights.items()}
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        "architectures": ["Phi3ForCausalLM"],
-        "model_type": "phi3",
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.embed_dim,
-        "intermediate_size": shape.intermediate_dim,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "max_position_embeddings": shape.max_seq_len,
-        "original_max_position_embeddings": shape.max_seq_len,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 1,
-        "eos_token_id": special_ids["<|endoftext|>"],
-        "pad_token_id": special_ids["<|endoftext|>"],
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _steps(users: Sequence[str], epoch: int, settings: TinyBaseTraining) -> Iterator[list[list[int]]]:

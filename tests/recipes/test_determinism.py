@@ -10,7 +10,7 @@ from pipelines import Finished, csv_experiment, files_below, run_to_the_end, sma
 from personas_tune.workspace import MANIFEST
 
 # What a run writes; the plot and the logs are for people.
-STAGES = ("data", "memory", "personas", "samples", "adapters", "eval")
+STAGES = ("data", "memory", "personas", "samples", "adapters", "eval", "report")
 
 
 @pytest.fixture(scope="module")

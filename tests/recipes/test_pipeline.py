@@ -95,7 +95,7 @@ def test_every_file_of_the_contract_is_there(run, name):
     expected = {f"{table}.parquet" for table in SCHEMAS}
     expected |= {f"eval/predictions_{agent}.parquet" for agent in AGENTS[name]}
     expected |= {"personas/clustering.json", "personas/elbow.png", "samples/prompt.json", "samples/index/index.json"}
-    expected |= {"eval/metrics.json", "eval/table.md"}
+    expected |= {"eval/metrics.json", "eval/table.md", "report/index.html"}
     for adapter_set in SETS[name]:
         for adapter in ["all"] if adapter_set == "single" else ["0", "1"]:
             folder = f"adapters/{adapter_set}/{adapter}"
@@ -109,7 +109,7 @@ def test_every_file_of_the_contract_is_there(run, name):
 
 @BOTH
 def test_every_stage_has_a_manifest_with_the_hashes_of_what_it_read_and_wrote(run, name):
-    folders = {"eval", *PREPARED, *(f"adapters/{adapter_set}" for adapter_set in SETS[name])}
+    folders = {"eval", "report", *PREPARED, *(f"adapters/{adapter_set}" for adapter_set in SETS[name])}
     assert set(stage_folders(run.root)) == folders
     for folder in folders:
         manifest = json.loads((run.root / folder / MANIFEST).read_text(encoding="utf-8"))
@@ -243,10 +243,10 @@ def test_a_second_run_says_that_every_stage_is_up_to_date_and_changes_no_byte(ru
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("evaluation.n_resamples=199", {"eval"}),
-        ("adapter_sets.single.rows=20", {"adapters/single", "eval"}),
-        ("retrieval.k=2", {"samples", *ADAPTERS, "eval"}),
-        ("personas.k=3", {"personas", "samples", *ADAPTERS, "eval"}),
+        ("evaluation.n_resamples=199", {"eval", "report"}),
+        ("adapter_sets.single.rows=20", {"adapters/single", "eval", "report"}),
+        ("retrieval.k=2", {"samples", *ADAPTERS, "eval", "report"}),
+        ("personas.k=3", {"personas", "samples", *ADAPTERS, "eval", "report"}),
     ],
 )
 def test_changing_a_setting_runs_again_what_depends_on_it_and_nothing_else(csv_run, copy_of, override, expected):
@@ -342,7 +342,7 @@ def test_the_pipeline_runs_on_a_base_that_persona_base_made(csv_run, copy_of, ow
     before = stage_folders(root)
     run_to_the_end(write_yaml(tmp_path / "own.yaml", experiment))
     changed = {folder for folder, time in stage_folders(root).items() if before.get(folder) != time}
-    assert changed == {"adapters/persona", "eval"}
+    assert changed == {"adapters/persona", "eval", "report"}
     assert len(load_file(root / "adapters/persona/0/adapter.safetensors")) == 4
     assert [agent["name"] for agent in metrics_of(root)["agents"]] == ["base", "persona"]
 

@@ -230,7 +230,7 @@ def test_a_pipeline_runs_the_stages_before_training_once(csv_run, tmp_path):
     assert "adapters/persona: " in printed
     made, expected = files_below(root), files_below(csv_run.root)
     assert made.keys() == expected.keys()
-    assert [name for name in made if not name.startswith("eval/") and made[name] != expected[name]] == []
+    assert [name for name in made if not name.startswith(("eval/", "report/")) and made[name] != expected[name]] == []
     assert_same_evaluation(root, csv_run.root)
 
 

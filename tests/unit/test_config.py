@@ -233,7 +233,8 @@ def test_what_is_no_yaml_of_keys_is_one_line_that_names_the_file(mistakes, text)
 def test_defaults_are_filled_in_at_every_depth(load):
     cfg = load("output_dir: run\ndata: {cohort: {n_users: 5}}\nadapter_sets: {mine: {per: all}}\n")
     assert OmegaConf.to_container(cfg.adapter_sets.mine) == {
-        "per": "all", "memories": "both", "rows": None, "shuffle_personas": False, "base": None,
+        "per": "all", "memories": "both", "rows": None, "rows_from": "own", "share": 1.0,
+        "shuffle_personas": False, "base": None,
     }  # fmt: skip
     assert (cfg.data.cohort.n_users, cfg.data.cohort.min_interactions) == (5, 1)
     assert set(cfg) == set(Experiment.model_fields)

@@ -189,6 +189,12 @@ def test_every_recipe_has_a_page() -> None:
     assert {page.stem for page in RECIPE_PAGES} == set(RECIPES)
 
 
+@pytest.mark.parametrize("page", RECIPE_PAGES, ids=lambda page: page.stem)
+def test_a_recipes_page_has_its_command_its_knobs_and_what_it_takes(page: Path) -> None:
+    assert page.stem in {recipe for recipe, _ in tune_commands(read(page))}
+    assert {"Knobs", "Time"} <= set(re.findall(r"^## (\w+)", read(page), flags=re.MULTILINE))
+
+
 def names_from_torchtune(source: str) -> set[str]:
     """All that a module takes from torchtune: imports, attributes of imported modules, dotted strings."""
     tree = ast.parse(source)
@@ -234,6 +240,22 @@ def test_the_torchtune_page_lists_what_is_taken_and_nothing_else() -> None:
     assert listed == all_names_from_torchtune()
 
 
+def test_error_messages_of_the_troubleshooting_page_are_the_codes_own() -> None:
+    """Names and numbers stand where the dots are; the remedy stands apart from what is wrong."""
+    _, _, section = read(ROOT / "docs" / "troubleshooting.md").partition("\n## Error messages\n")
+    quoted = re.findall(r"^\| `(.+?)` \|", section.partition("\n## ")[0], flags=re.MULTILINE)
+    code = " ".join(read(source) for source in [*ROOT.glob("personas_tune/**/*.py"), *ROOT.glob("recipes/*.py")])
+    assert len(quoted) > 20
+    parts = [part.strip() for message in quoted for part in re.split(r"\.\.\.|; ", message)]
+    assert not [part for part in parts if part not in code]
+
+
+def test_benchmarks_that_pages_name_exist() -> None:
+    named = {name for page in PAGES for name in re.findall(r"\b((?:benchmarks|tests)/\w+\.py)\b", read(page))}
+    assert named
+    assert not [name for name in named if not (ROOT / name).is_file()]
+
+
 def make_commands(lines: Iterable[str]) -> set[str]:
     """The targets that `make` is asked for."""
     commands = [line.partition("#")[0].split() for line in lines]
@@ -245,7 +267,7 @@ def test_make_commands_are_targets_and_ci_runs_those_of_the_readme() -> None:
     in_pages = {page: make_commands(shell_lines(read(page))) for page in PAGES}
     in_ci = make_commands(line.removeprefix("step ") for line in read(ROOT / ".ci" / "run").splitlines())
     assert in_pages[ROOT / "README.md"] == {"quickstart", "test"}
-    assert {"quickstart", "test", "lint", "types"} == in_ci
+    assert {"quickstart", "test", "lint", "types", "docs"} == in_ci
     assert set().union(in_ci, *in_pages.values()) <= targets
 
 

@@ -28,19 +28,31 @@ MAY_IMPORT = {
     "memory": {"errors", "workspace", "llm"},
     "personas": {"errors", "workspace", "embedding"},
     "retrieval": {"errors", "workspace", "embedding"},
+    "collaborative": {"errors"},
     "prompts": {"errors", "schema", "workspace"},
     "datasets": {"errors", "schema", "workspace", "prompts", "retrieval"},
     "adapters": {"errors", "schema", "workspace", "prompts", "datasets"},
     "training": {"errors", "schema", "workspace", "processes", "prompts", "datasets", "adapters"},
-    "evaluation": {"errors", "schema", "workspace", "prompts", "datasets", "adapters", "training"},
+    "evaluation": {"errors", "schema", "workspace", "prompts", "datasets", "adapters", "training", "collaborative"},
+    "report": {"errors", "workspace", "prompts", "datasets", "evaluation"},
     "doctor": {"errors", "schema", "workspace", "config", "llm", "adapters"},
-    "cli": {"personas_tune", "errors", "workspace", "config", "memory", "doctor"},
+    "cli": {"personas_tune", "errors", "workspace", "config", "memory", "report", "doctor"},
 }
-PARTS_WITHOUT_TORCH = ("llm", "embedding", "interactions", "memory", "personas", "retrieval", "prompts")
+PARTS_WITHOUT_TORCH = (
+    "llm",
+    "embedding",
+    "interactions",
+    "memory",
+    "personas",
+    "retrieval",
+    "collaborative",
+    "prompts",
+)
 MODULES_WITHOUT_TORCH = (
     "errors", "schema", "workspace", "processes", "config", "cli", "doctor",
-    "evaluation.metrics", "evaluation.intervals", "evaluation.baselines", "evaluation.factorisation",
-    "evaluation.prompt_numbers", "evaluation.table",
+    "evaluation.metrics", "evaluation.intervals", "evaluation.baselines",
+    "evaluation.prompt_numbers", "evaluation.table", "report.write", "evaluation.comparisons", "evaluation.distributions",
+    "evaluation.faithfulness", "evaluation.ordinal_scores",
 )  # fmt: skip
 TORCH = {"torch", "torchtune", "torchao"}
 # Which parts a library has its home in; nobody else imports it.
@@ -48,11 +60,14 @@ HOMES = {
     "faiss": {"retrieval"},
     "sklearn": {"embedding", "personas", "evaluation"},
     "sentencepiece": {"training"},
+    "tiktoken": {"training"},
+    "tokenizers": {"training"},
     "matplotlib": {"personas"},
     "pydantic": {"config", "schema", "memory"},
     "openai": {"llm"},
     "sqlite3": {"llm"},
     "sentence_transformers": {"embedding"},
+    "spacy": {"personas"},
 }
 KNOWS_CONFIGS = {"config", "doctor", "adapters"}  # may see omegaconf
 

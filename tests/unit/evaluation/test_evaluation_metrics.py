@@ -7,13 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from personas_tune.errors import ConfigError, EvaluationError
+from personas_tune.errors import EvaluationError
 from personas_tune.evaluation.intervals import Resampling
 from personas_tune.evaluation.metrics import (
-    compare_predictors,
-    comparison_pairs,
     fill_unparsed,
     measure_agent,
+    skill_score,
     train_means,
 )
 
@@ -123,38 +122,7 @@ def test_train_means_without_any_train_row_are_an_error():
         train_means(["a"], users)
 
 
-def test_compared_predictors_differ_by_their_rmses():
-    filled = {"agent": RATINGS + np.array([1.0, -1, 1, -1, 1]), "constant": RATINGS + 2, "perfect": RATINGS}
-    compared = compare_predictors(
-        USERS, RATINGS, filled, [("agent", "constant"), ("agent", "perfect"), ("agent", "agent")], QUICK
-    )
-    assert compared == [
-        {"a": "agent", "b": "constant", "difference": -1.0, "low": -1.0, "high": -1.0},
-        {"a": "agent", "b": "perfect", "difference": 1.0, "low": 1.0, "high": 1.0},
-        {"a": "agent", "b": "agent", "difference": 0.0, "low": 0.0, "high": 0.0},
-    ]
-
-
-def test_comparing_on_one_user_has_no_interval_and_no_nan():
-    compared = compare_predictors(USERS[:3], RATINGS[:3], {"a": RATINGS[:3], "b": RATINGS[:3] + 1}, [("a", "b")])
-    assert compared == [{"a": "a", "b": "b", "difference": -1.0, "low": None, "high": None}]
-
-
-def test_agents_are_compared_with_earlier_agents_and_with_the_baselines():
-    pairs = comparison_pairs(["base", "single", "persona"], ["constant", "global_mean", "user_mean"])
-    assert pairs == [
-        ("base", "constant"),
-        ("base", "user_mean"),
-        ("single", "base"),
-        ("single", "constant"),
-        ("single", "user_mean"),
-        ("persona", "base"),
-        ("persona", "single"),
-        ("persona", "constant"),
-        ("persona", "user_mean"),
-    ]
-
-
-def test_an_agent_may_not_bear_a_baselines_name():
-    with pytest.raises(ConfigError, match="'user_mean' is the name of a baseline; rename the agent"):
-        comparison_pairs(["base", "user_mean"], ["constant", "user_mean"])
+def test_skill_is_the_share_of_squared_error_saved():
+    assert skill_score(0.5, 1.0) == 0.75
+    assert (skill_score(1.0, 1.0), skill_score(2.0, 1.0)) == (0.0, -3.0)
+    assert math.isnan(skill_score(1.0, 0.0))

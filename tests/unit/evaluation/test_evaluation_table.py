@@ -9,7 +9,15 @@ def measured(name, rmse=1.0, n_parsed=100, **more):
     low, high = (None, None) if rmse is None else (rmse - 0.05, rmse + 0.05)
     errors = {"rmse": rmse, "mae": rmse, "macro_rmse": rmse, "rmse_ci": [low, high], "mae_ci": [low, high]}
     filled = {"rmse_filled": 1.23456, "mae_filled": 0.5}
-    return {"name": name, "n": 100, "n_parsed": n_parsed, "urr": 1 - n_parsed / 100, **errors, **filled, **more}
+    parsed = {"n": 100, "n_parsed": n_parsed, "urr": 1 - n_parsed / 100}
+    return {"name": name, **parsed, **errors, **filled, **faithfulness(), **more}
+
+
+def faithfulness(points=None):
+    overall = {"js": 0.01, "wasserstein": 0.2, "variance_ratio": 0.9, "true": [0.5, 0.5], "simulated": [0.4, 0.6]}
+    agreement = {"accuracy": 0.41, "within_1": 0.82, "kappa": 0.33, "pearson": 0.44, "spearman": None}
+    scores = {"pairwise_order": 0.65, "nll": 1.4, "rps": 0.12, "ece": 0.03}
+    return {**agreement, **scores, "distribution": {"overall": overall, "points": {**overall, **(points or {})}}}
 
 
 def agent(name, **more):
@@ -18,14 +26,15 @@ def agent(name, **more):
 
 
 def make_metrics(**more):
+    mae = {"mae": {"difference": 0.02, "low": -0.01, "high": 0.05}}
     metrics = {
         "agents": [agent("phi3", rmse=1.1), agent("phi3_persona", rmse=0.9, adapters="persona")],
         "baselines": [measured("constant", tuned={"label": 4.0}), measured("user_mean", tuned={"shrinkage": 8.0})],
         "oracle": None,
         "paired": [
-            {"a": "phi3_persona", "b": "phi3", "difference": -0.2, "low": -0.25, "high": -0.15},
-            {"a": "phi3_persona", "b": "constant", "difference": -0.01, "low": -0.05, "high": 0.03},
-            {"a": "phi3", "b": "constant", "difference": 0.1, "low": 0.05, "high": 0.15},
+            {"a": "phi3_persona", "b": "phi3", "difference": -0.2, "low": -0.25, "high": -0.15, **mae},
+            {"a": "phi3_persona", "b": "constant", "difference": -0.01, "low": -0.05, "high": 0.03, **mae},
+            {"a": "phi3", "b": "constant", "difference": 0.1, "low": 0.05, "high": 0.15, **mae},
         ],
         "settings": {
             "historical_average": "outside",
@@ -60,7 +69,7 @@ def test_an_agents_row_holds_its_origin_and_its_errors_with_intervals():
 
 
 def test_baselines_leave_out_what_only_agents_have():
-    (row,) = cells_of(write_table(make_metrics()), "constant 4")
+    (row,) = cells_of(write_table(make_metrics()).split("\n\n")[0], "constant 4")
     assert row[1:5] == ["-", "-", "-", "-"]
 
 
@@ -76,25 +85,68 @@ def test_an_agent_that_never_answered_shows_dashes_for_its_errors():
     assert (row[6], row[7], row[-1]) == ("-", "-", "-")
 
 
+def test_faithfulness_is_a_table_of_its_own_with_a_row_for_every_predictor():
+    block = write_table(make_metrics(oracle=measured("Bayes-optimal"))).split("\n\n")[1]
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
+    assert header == [
+        "faithfulness", "accuracy", "within 1", "kappa", "Pearson", "Spearman", "order", "NLL", "RPS", "ECE",
+        "JS", "W1", "var.",
+    ]  # fmt: skip
+    assert [row[0] for row in rows] == ["phi3", "phi3_persona", "constant 4", "user_mean", "Bayes-optimal"]
+    assert rows[0][1:] == [
+        "0.410", "0.820", "0.330", "0.440", "-", "0.650", "1.400", "0.120", "0.030", "0.010", "0.200", "0.900",
+    ]  # fmt: skip
+
+
+def test_where_an_agent_draws_its_ratings_the_distances_of_its_points_stand_beside():
+    drawing = agent("phi3", **faithfulness(points={"js": 0.3, "variance_ratio": 0.1}))
+    table = write_table(make_metrics(agents=[drawing]))
+    block = table.split("\n\n")[1]
+    assert block.splitlines()[0].split("|")[-4:-1] == [" JS pts ", " W1 pts ", " var. pts "]
+    assert cells_of(block, "phi3")[0][-6:] == ["0.010", "0.200", "0.900", "0.300", "0.200", "0.100"]
+    assert cells_of(block, "user_mean")[0][-6:] == ["0.010", "0.200", "0.900"] * 2
+    assert "simulates by drawing" in table
+    assert "simulates by drawing" not in write_table(make_metrics())
+
+
+def test_published_figures_add_a_column_and_change_nothing_else():
+    published = agent("phi3", rmse=1.1, published={"rmse": 1.171, "mae": 0.881, "urr": 0.0177})
+    plain, table = (write_table(make_metrics(agents=[each])) for each in (agent("phi3", rmse=1.1), published))
+    (row,) = cells_of(table.split("\n\n")[0], "phi3")
+    assert row == [*cells_of(plain.split("\n\n")[0], "phi3")[0], "1.171 / 0.881 / 1.77%"]
+    assert cells_of(table.split("\n\n")[0], "user_mean")[0][-1] == "-"
+    assert "paper RMSE / MAE / URR" in table
+    assert "aper" not in plain
+
+
+def test_the_tables_fit_a_wide_terminal():
+    drawing = agent("phi3_persona_generate", **faithfulness(points={"js": 0.3}), n_parsed=97)
+    lines = write_table(make_metrics(agents=[drawing])).splitlines()
+    assert max(len(line) for line in lines if line.startswith("|")) <= 190
+
+
 def test_differences_say_whether_the_agent_is_better():
-    rows = cells_of(write_table(make_metrics()).split("\n\n")[1], "phi3_persona")
+    rows = cells_of(write_table(make_metrics()).split("\n\n")[2], "phi3_persona")
+    mae = "+0.020 [-0.010, +0.050]"
     assert rows == [
-        ["phi3_persona", "phi3", "-0.200 [-0.250, -0.150]", "better"],
-        ["phi3_persona", "constant", "-0.010 [-0.050, +0.030]", "not told apart"],
+        ["phi3_persona", "phi3", "-0.200 [-0.250, -0.150]", "better", mae],
+        ["phi3_persona", "constant", "-0.010 [-0.050, +0.030]", "not told apart", mae],
     ]
-    (worse,) = cells_of(write_table(make_metrics()).split("\n\n")[1], "phi3")
-    assert worse[2:] == ["+0.100 [+0.050, +0.150]", "worse"]
+    (worse,) = cells_of(write_table(make_metrics()).split("\n\n")[2], "phi3")
+    assert worse[2:4] == ["+0.100 [+0.050, +0.150]", "worse"]
 
 
 def test_a_difference_without_interval_is_not_told_apart():
-    pair = {"a": "phi3", "b": "constant", "difference": 0.1, "low": None, "high": None}
-    assert cells_of(write_table(make_metrics(paired=[pair])).split("\n\n")[1], "phi3")[0][2:] == [
+    unknown = {"difference": 0.1, "low": None, "high": None}
+    pair = {"a": "phi3", "b": "constant", **unknown, "mae": unknown}
+    assert cells_of(write_table(make_metrics(paired=[pair])).split("\n\n")[2], "phi3")[0][2:] == [
         "+0.100 [-, -]",
         "not told apart",
+        "+0.100 [-, -]",
     ]
 
 
-def test_without_differences_there_is_one_table():
+def test_without_differences_there_is_no_table_of_them():
     assert "against" not in write_table(make_metrics(paired=[]))
 
 
@@ -121,7 +173,7 @@ def test_notes_tell_rows_users_seed_intervals_and_what_was_tuned():
 
 
 def test_columns_are_aligned_and_numbers_stand_right():
-    for block in write_table(make_metrics()).split("\n\n")[:2]:
+    for block in write_table(make_metrics()).split("\n\n")[:3]:
         lines = block.splitlines()
         assert len({len(line) for line in lines}) == 1
         bars = {tuple(place for place, character in enumerate(line) if character == "|") for line in lines}

@@ -72,7 +72,7 @@ def test_the_last_profile_of_each_user_counts():
 def test_users_of_one_taste_share_a_persona(run):
     workspace = run("personas.k=3", rows=profile_rows())
     table = pq.read_table(workspace.personas)
-    assert table.column_names == ["user_id", "persona", "distance"]
+    assert table.column_names == ["user_id", "persona", "distance", "x", "y"]
     assert table["user_id"].to_pylist() == [f"u{user:02}" for user in range(15)]
     assert table["persona"].to_pylist() == [0] * 7 + [1] * 5 + [2] * 3
     assert min(table["distance"].to_pylist()) >= 0
@@ -254,5 +254,7 @@ def test_profiles_are_embedded_by_a_model_on_this_machine(run, tmp_path):
 
 def test_one_user_can_be_one_persona(run):
     workspace = run("personas.k=1", rows=[("a", 3, "war and peace")])
-    assert pq.read_table(workspace.personas).to_pylist() == [{"user_id": "a", "persona": 0, "distance": 0.0}]
-    assert json.loads(workspace.clustering.read_text())["elbow"] is None
+    alone = {"user_id": "a", "persona": 0, "distance": 0.0, "x": 0.0, "y": 0.0}
+    assert pq.read_table(workspace.personas).to_pylist() == [alone]
+    record = json.loads(workspace.clustering.read_text())
+    assert (record["elbow"], record["words"], record["stability"]["mean"]) == (None, {"0": []}, 1.0)

@@ -2,7 +2,7 @@
 
 Both minimise squared error with an L2 penalty by alternating between users and items, each half-step
 solved exactly. Nothing here draws on a rating's order in time or chooses its own penalties; that is
-:mod:`~personas_tune.evaluation.baselines`' work.
+the baselines' work.
 
 Shapes: N ratings, U users, I items, R rank.
 """

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from personas_tune.evaluation.factorisation import Penalties, Ratings, fit_biases, fit_factors
+from personas_tune.collaborative.factorisation import Penalties, Ratings, fit_biases, fit_factors
 
 
 def draw_ratings(seed: int, n_users: int = 12, n_items: int = 9, n: int = 60) -> Ratings:

@@ -1,0 +1,1 @@
+"""What ratings alone say: biases, factors, like-minded users."""
