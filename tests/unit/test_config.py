@@ -160,7 +160,7 @@ def test_a_key_that_is_near_to_none_is_answered_with_what_is_known(mistakes):
     (line,) = mistakes("output_dir: run\nretrieval: {qqq: 1}\n")
     assert line == (
         "c.yaml: unknown key retrieval.qqq; "
-        "known here: embedder, dim, k, min_similarity, before_target, query"
+        "known here: embedder, dim, k, min_similarity, before_target, neighbours, query"
     )  # fmt: skip
 
 
@@ -234,7 +234,7 @@ def test_defaults_are_filled_in_at_every_depth(load):
     cfg = load("output_dir: run\ndata: {cohort: {n_users: 5}}\nadapter_sets: {mine: {per: all}}\n")
     assert OmegaConf.to_container(cfg.adapter_sets.mine) == {
         "per": "all", "memories": "both", "rows": None, "rows_from": "own", "share": 1.0,
-        "shuffle_personas": False, "base": None,
+        "start_from": None, "shuffle_personas": False, "base": None,
     }  # fmt: skip
     assert (cfg.data.cohort.n_users, cfg.data.cohort.min_interactions) == (5, 1)
     assert set(cfg) == set(Experiment.model_fields)

@@ -51,8 +51,8 @@ PARTS_WITHOUT_TORCH = (
 MODULES_WITHOUT_TORCH = (
     "errors", "schema", "workspace", "processes", "config", "cli", "doctor",
     "evaluation.metrics", "evaluation.intervals", "evaluation.baselines",
-    "evaluation.prompt_numbers", "evaluation.table", "report.write", "evaluation.comparisons", "evaluation.distributions",
-    "evaluation.faithfulness", "evaluation.ordinal_scores",
+    "evaluation.prompt_numbers", "evaluation.table", "report.write", "evaluation.comparisons",
+    "evaluation.distributions", "evaluation.faithfulness", "evaluation.ordinal_scores",
 )  # fmt: skip
 TORCH = {"torch", "torchtune", "torchao"}
 # Which parts a library has its home in; nobody else imports it.

@@ -123,14 +123,14 @@ def test_the_bundled_llama3_rates_a_prompt(llama3: tuple[BaseModel, RatingDatase
     p = probabilities(base, dataset)
     assert p.shape == (8, 5)
     assert p.sum(1) == pytest.approx(1)
-    assert p.max() > 0.25  # a base of random weights is near .2 everywhere
+    assert np.ptp(p @ [1, 2, 3, 4, 5]) > 0  # not the same for every prompt
 
 
 def test_an_adapter_on_the_bundled_llama3_learns_and_the_base_stays(llama3: tuple[BaseModel, RatingDataset]) -> None:
     base, dataset = llama3
     before = {name: weight.clone() for name, weight in base.model.state_dict().items() if "lora" not in name}
     losses = trained_losses(base, dataset, n_epochs=6)
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0] < np.log(1600) / 2  # a base of random weights begins at ln 1600
     after = base.model.state_dict()
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
 
