@@ -19,6 +19,7 @@ _FIGURES = {
     "RPS": "rps",
     "ECE": "ece",
 }
+_MOST_PAIRS = 100
 _DISTANCES = {"JS": "js", "W1": "wasserstein", "var.": "variance_ratio"}
 
 
@@ -42,7 +43,7 @@ def write_table(metrics: Mapping[str, Any]) -> str:
     blocks = [
         "\n".join(_format_table(*_predictor_cells(metrics, confidence))),
         "\n".join(_format_table(*_faithfulness_cells(metrics))),
-        *(["\n".join(_format_table(*_pair_cells(metrics["paired"], confidence)))] if metrics["paired"] else []),
+        *(["\n".join(_format_table(*_pair_cells(_shown_pairs(metrics), confidence)))] if metrics["paired"] else []),
         *(
             "\n".join(_format_table(*own_versus_other_cells(agent, measured)))
             for agent, measured in metrics.get("own_versus_other", {}).items()
@@ -121,6 +122,21 @@ def _draws(row: Mapping[str, Any]) -> bool:
     return bool(row["distribution"]["overall"] != row["distribution"]["points"])
 
 
+def _shown_pairs(metrics: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The comparisons; of very many, those of the best agent, and those with the best baseline and user+item bias."""
+    paired = metrics["paired"]
+    if len(paired) <= _MOST_PAIRS:
+        return list(paired)
+    compared = {pair["b"] for pair in paired}
+    rivals = [row for row in metrics["baselines"] if row["name"] in compared]
+    shown = {_best(metrics["agents"]), _best(rivals), "user_item_bias"}
+    return [pair for pair in paired if {pair["a"], pair["b"]} & shown]
+
+
+def _best(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    return min(rows, key=lambda row: row["rmse_filled"])["name"] if rows else None
+
+
 def _pair_cells(paired: Sequence[Mapping[str, Any]], confidence: str) -> tuple[list[str], list[list[str]]]:
     header = ["agent", "against", f"RMSE difference [{confidence}]", "agent is", f"MAE difference [{confidence}]"]
     rows = []
@@ -191,6 +207,11 @@ def _notes(metrics: Mapping[str, Any], confidence: str) -> list[str]:
         "Differences are the agent's RMSE (MAE) minus the other's on the same rows: negative is better; "
         '"agent is" goes by the RMSE.'
     )
+    if len(shown := _shown_pairs(metrics)) < len(metrics["paired"]):
+        notes.append(
+            f"{len(shown)} of {len(metrics['paired'])} differences are shown: the best agent's, and those with the "
+            "best baseline and with user_item_bias; metrics.json has all."
+        )
     notes += _conventions_of_faithfulness(metrics)
     if tuned:
         notes.append(f"Baselines are fitted on train and outside rows and tuned on train rows: {'; '.join(tuned)}.")

@@ -146,6 +146,21 @@ def test_a_difference_without_interval_is_not_told_apart():
     ]
 
 
+def test_of_very_many_differences_those_with_the_best_are_shown():
+    names = [f"agent{number}" for number in range(12)]
+    agents = [agent(name, rmse_filled=2.0 - (name == "agent7")) for name in names]
+    best, bias, other = (
+        measured(name, rmse_filled=at) for name, at in (("mf", 1.0), ("user_item_bias", 1.1), ("x", 1.2))
+    )
+    unknown = {"difference": 0.1, "low": None, "high": None}
+    named = [(a, b) for a in names for b in [*names[: names.index(a)], "mf", "user_item_bias", "x"]]
+    paired = [{"a": a, "b": b, **unknown, "mae": unknown} for a, b in named]
+    table = write_table(make_metrics(agents=agents, baselines=[best, bias, other], paired=paired))
+    shown = [tuple(row[:2]) for name in names for row in cells_of(table.split("\n\n")[2], name)]
+    assert shown == [(a, b) for a, b in named if {a, b} & {"agent7", "mf", "user_item_bias"}]
+    assert f"- {len(shown)} of {len(named)} differences are shown" in table
+
+
 def test_without_differences_there_is_no_table_of_them():
     assert "against" not in write_table(make_metrics(paired=[]))
 
