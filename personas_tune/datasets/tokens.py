@@ -86,8 +86,11 @@ class ChatTokenizer:
         return self.max_seq_len is None or len(row.tokens) <= self.max_seq_len
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of generated tokens."""
-        return str(self._tokenizer.decode(list(tokens)))
+        """Text of generated tokens; those without text, such as ids that only fill up a vocabulary, are left out."""
+        try:
+            return str(self._tokenizer.decode(list(tokens)))
+        except (KeyError, IndexError):
+            return "" if len(tokens) == 1 else "".join(self.decode([token]) for token in tokens)
 
     def _chat(self, messages: Sequence[ChatMessage], answer: str) -> list[int]:
         chat = [Message(role=message["role"], content=message["content"], masked=True) for message in messages]

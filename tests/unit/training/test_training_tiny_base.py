@@ -150,3 +150,10 @@ def trained_losses(base: BaseModel, dataset: RatingDataset, n_epochs: int) -> li
     pad_id = base.tokenizer.pad_id
     steps = train_steps(base.model, base.bank, [job], nn.CrossEntropyLoss(), settings, pad_id=pad_id)
     return [step.loss for step in steps]
+
+
+def test_ids_without_text_are_left_out_of_an_answer(llama3: tuple[BaseModel, RatingDataset]) -> None:
+    tokenizer = llama3[0].tokenizer
+    answer = tokenizer.answer_tokens("4")[:-1]
+    assert tokenizer.decode([*answer, 1_000_000]) == tokenizer.decode(answer)
+    assert tokenizer.decode([1_000_000]) == ""
