@@ -13,6 +13,13 @@ MemoriesSeen = Literal["short", "long", "both"]
 Component = dict[str, Any]
 
 
+# What rows of the evaluation's table are called that are no agents; so is what begins with hybrid_.
+PREDICTORS = (
+    "constant", "global_mean", "user_mean", "item_mean", "user_item_bias", "matrix_factorisation",
+    "ridge_prompt_numbers", "neighbours", "without_agent", "bayes_optimal",
+)  # fmt: skip
+
+
 class Section(BaseModel):
     """A part of the YAML in which unknown keys are mistakes."""
 
@@ -295,6 +302,13 @@ class Evaluation(Section):
     own_versus_other: list[str] = Field(default_factory=list)  # agents whose users try every adapter of the set
     own_versus_other_rows: int | None = Field(default=None, ge=1)
 
+    @field_validator("hybrids")
+    @classmethod
+    def _hybrids_must_differ(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError("an agent is named twice; name each once")
+        return names
+
 
 class Base(Section):
     """One more base model by name."""
@@ -399,6 +413,8 @@ class Experiment(Section):
                         f"{kind}.{name}.base: no base {entry.base!r}; under bases: {', '.join(self.bases) or 'none'}"
                     )
         for name, agent in self.agents.items():
+            if name in PREDICTORS or name.startswith("hybrid_"):
+                problems.append(f"agents: {name!r} is the name of a baseline; rename the agent")
             if agent.adapters is not None and agent.adapters not in self.adapter_sets:
                 known = ", ".join(self.adapter_sets) or "none"
                 problems.append(

@@ -38,7 +38,7 @@ def recipe_main(cfg: DictConfig) -> None:
         choice = choose_personas(embeddings.vectors, cfg.personas.k, cfg.personas.k_max, cfg.seed)
         stability = None
         if cfg.personas.stability_seeds:
-            stability = measure_stability(embeddings.vectors, choice.clusters.k, cfg.seed, cfg.personas.stability_seeds)
+            stability = measure_stability(embeddings.vectors, choice.clusters, cfg.seed, cfg.personas.stability_seeds)
         words = distinct_words(users.texts, choice.clusters.personas, analyzer)
 
         places = map_profiles(embeddings.vectors)

@@ -30,8 +30,9 @@ from personas_tune.adapters.selection import load_adapter_set
 from personas_tune.adapters.sharding import in_lockstep
 from personas_tune.datasets import RatingDataset, RatingSource
 from personas_tune.errors import raise_together
-from personas_tune.evaluation.baselines import Baseline, fit_baselines
-from personas_tune.evaluation.calibration import calibrate, fit_hybrid
+from personas_tune.evaluation.baselines import fit_baselines
+from personas_tune.evaluation.calibration import calibrate, require_calibration_rows
+from personas_tune.evaluation.hybrids import fit_hybrid, numbers_of_prompts
 from personas_tune.evaluation.intervals import Resampling
 from personas_tune.evaluation.measure import (
     Measurement,
@@ -47,7 +48,6 @@ from personas_tune.evaluation.predict import (
     prediction_table,
     share_of_rows,
 )
-from personas_tune.evaluation.prompt_numbers import prompt_numbers
 from personas_tune.evaluation.readouts import Probabilities, expected_ratings, most_likely_ratings
 from personas_tune.evaluation.table import write_table
 from personas_tune.processes import Processes, take_own_device
@@ -87,8 +87,13 @@ class PersonaEvalRecipe:
         self._train = self.source.samples("train")
         _, self._latest = latest_share(self._train, range(len(self._train)), cfg.evaluation.calibration_share)
         self.resampling = Resampling(cfg.evaluation.n_resamples, cfg.evaluation.confidence, cfg.seed)
-        # Agents that differ in their readout only share one pass over the test rows.
+        learning = [name for name in cfg.agents if self._learns_from_train(name)]
+        if learning:
+            require_calibration_rows(*self._latest_answers())
+        self._too_well_known = {name for name in learning if self._trained_on_latest(cfg.agents[name].adapters)}
+        # Agents that differ in their readout only share one pass over the test rows, and one over the train rows.
         self._distributions: dict[tuple[str | None, str | None, str], Any] = {}
+        self._train_distributions: dict[tuple[str | None, str | None, str], Probabilities] = {}
         self._of_train: dict[str, Probabilities] = {}  # of the agents that are calibrated or used by a regression
         self._raw: dict[str, Probabilities] = {}
         self._own_versus_other: dict[str, dict[str, Any]] = {}
@@ -98,6 +103,8 @@ class PersonaEvalRecipe:
 
         Every process predicts its share of the rows; the first gets and writes them all.
         """
+        if self.processes.is_first:
+            self._warn_of_known_rows()
         tables = {}
         for base_name in dict.fromkeys(self._base_of(agent) for agent in self.cfg.agents.values()):
             tables.update(self._predict_agents_on(base_name, stage))
@@ -137,29 +144,33 @@ class PersonaEvalRecipe:
                 "readout": agent.readout,
                 "calibrated": agent.calibrate,
                 "published": None if agent.published is None else dict(agent.published),
+                "calibrated_on_trained_rows": name in self._too_well_known,
+                "calibrated_on_final_profiles": self._learns_from_final_profiles(name),
             }
             p = readout_probabilities(table, agent.readout)
             measurement.add_agent(name, readout_values(table, agent.readout), described, p)
-        for name in self.cfg.evaluation.hybrids:
-            hybrid = self._hybrid(self._of_train[name], self._raw[name])
-            measurement.add_hybrid(name, hybrid, self._hybrid(None, None))
+        if self.cfg.evaluation.hybrids:
+            self._add_hybrids(measurement)
         metrics = measurement.metrics(**self._made_with(), seed=self.cfg.seed)
         return {**metrics, "own_versus_other": self._own_versus_other}
 
-    def _hybrid(self, p_train: Probabilities | None, p: Probabilities | None) -> Baseline:
-        """A regression on the numbers of the prompts and an agent's distributions, or on the numbers alone."""
+    def _add_hybrids(self, measurement: Measurement) -> None:
+        """Regressions on the numbers of the prompts and an agent's distributions, and on the numbers alone."""
         train = read_table(self.workspace.interactions, COLUMNS["interactions"]).filter(pc.field("split") == "train")
-        shown = (
+        numbers_train, numbers = numbers_of_prompts(
+            read_table(self.workspace.train_samples, COLUMNS["samples"]).take(self._latest),
+            read_table(self.workspace.test_samples, COLUMNS["samples"]),
             train,
             read_table(self.workspace.items, COLUMNS["items"]),
             read_table(self.workspace.users, COLUMNS["users"]),
             self._made_with()["historical_average"],
         )
-        latest = read_table(self.workspace.train_samples, COLUMNS["samples"]).take(self._latest)
-        test = read_table(self.workspace.test_samples, COLUMNS["samples"])
-        numbers_train = prompt_numbers(latest, *shown, leave_own_out=True)
-        numbers = prompt_numbers(test, *shown, leave_own_out=False)
-        return fit_hybrid(numbers_train, p_train, *self._latest_answers(), numbers, p, self._values)
+        answers = self._latest_answers()
+        without = fit_hybrid(numbers_train, None, *answers, numbers, None, self._values)
+        for name in self.cfg.evaluation.hybrids:
+            of_agent = self._of_train[name], self._raw[name]
+            hybrid = fit_hybrid(numbers_train, of_agent[0], *answers, numbers, of_agent[1], self._values)
+            measurement.add_hybrid(name, hybrid, without)
 
     def _made_with(self) -> dict[str, Any]:
         """The leak-relevant settings that the data was really made with, whatever this run's config says."""
@@ -192,26 +203,32 @@ class PersonaEvalRecipe:
         for agent in {agent.adapters: agent for agent in agents.values()}.values():
             self._load_adapters(agent, base)  # what is damaged or doesn't fit is told before hours of predicting
         tables = {}
+        datasets: dict[str, RatingDataset] = {}
         for name, agent in agents.items():
-            p, texts = self._predict_agent(name, agent, base)
-            self._learn_from_train(name, agent, base)
+            memories = self._memories_of(agent)
+            if memories not in datasets:
+                datasets[memories] = RatingDataset(base.tokenizer, self.source, self.samples, memories)
+            p, texts = self._predict_agent(name, agent, base, datasets[memories])
+            if self._learns_from_train(name):
+                self._of_train[name] = self._predict_train(agent, base)
             if self.processes.is_first:
                 self._raw[name], told = p, self._calibrated(name, p)
                 tables[name] = prediction_table(self.samples, told, self.source.labels, texts)
                 stage.write_table(f"predictions_{name}.parquet", tables[name])
             if name in self.cfg.evaluation.own_versus_other:
-                self._try_all_adapters(name, agent, base, p)
+                self._try_all_adapters(name, agent, base, datasets[memories], p)
         return tables
 
-    def _predict_agent(self, name: str, agent: DictConfig, base: BaseModel) -> tuple[Probabilities, list[str] | None]:
+    def _predict_agent(
+        self, name: str, agent: DictConfig, base: BaseModel, dataset: RatingDataset
+    ) -> tuple[Probabilities, list[str] | None]:
         """Distributions and, if it generates, texts; in the first process those of all rows."""
-        dataset = self._dataset(agent, base)
         if dataset.n_shortened and self.processes.is_first:
             n_shortened = f"{dataset.n_shortened} of {len(dataset)}"
             print(f"persona_eval: {name}: {n_shortened} prompts were shortened to fit the context")
         assignment = self._load_adapters(agent, base)
         rows = share_of_rows(self.samples, assignment, self.processes.rank, self.processes.size)
-        key = (self._base_of(agent), agent.adapters, self._memories_of(agent))
+        key = self._key_of(agent)
         limit = self.cfg.evaluation.max_tokens_per_forward
         hidden = not self.processes.is_first
         with tqdm(total=len(rows), desc=f"eval {name}", unit="row", disable=hidden) as progress:
@@ -226,9 +243,11 @@ class PersonaEvalRecipe:
             progress.update(len(rows) - progress.n)
         return self._distributions[key], texts
 
-    def _try_all_adapters(self, name: str, agent: DictConfig, base: BaseModel, own: Probabilities) -> None:
+    def _try_all_adapters(
+        self, name: str, agent: DictConfig, base: BaseModel, dataset: RatingDataset, own: Probabilities
+    ) -> None:
         """Predict rows with the adapters of other personas, too; ``own`` is known. The first process measures."""
-        options, dataset, assignment = self.cfg.evaluation, self._dataset(agent, base), self._load_adapters(agent, base)
+        options, assignment = self.cfg.evaluation, self._load_adapters(agent, base)
         assert assignment is not None  # the schema allows agents with an adapter per persona only
         owners = [assignment[sample.user_id] for sample in self.samples]
         chosen = choose_rows(owners, options.own_versus_other_rows, self.cfg.seed)
@@ -274,15 +293,42 @@ class PersonaEvalRecipe:
             p = predict_distributions(base, dataset, mine, assignment, labels, limit, on_rows)
         return np.reshape(self._from_all(mine, p.tolist()), (-1, len(labels)))
 
-    def _learn_from_train(self, name: str, agent: DictConfig, base: BaseModel) -> None:
-        """Predict the train rows from which an agent is calibrated or a regression is fitted."""
-        if not agent.calibrate and name not in self.cfg.evaluation.hybrids:
-            return
-        samples = [self._train[index] for index in self._latest]
-        dataset = RatingDataset(base.tokenizer, self.source, samples, self._memories_of(agent))
-        assignment = self._load_adapters(agent, base)
-        mine = share_of_rows(samples, assignment, self.processes.rank, self.processes.size)
-        self._of_train[name] = self._distributions_of(mine, dataset, assignment, base)
+    def _predict_train(self, agent: DictConfig, base: BaseModel) -> Probabilities:
+        """Distributions of the train rows from which an agent is calibrated or a regression is fitted."""
+        key = self._key_of(agent)
+        if key not in self._train_distributions:
+            samples = [self._train[index] for index in self._latest]
+            dataset = RatingDataset(base.tokenizer, self.source, samples, self._memories_of(agent))
+            assignment = self._load_adapters(agent, base)
+            mine = share_of_rows(samples, assignment, self.processes.rank, self.processes.size)
+            self._train_distributions[key] = self._distributions_of(mine, dataset, assignment, base)
+        return self._train_distributions[key]
+
+    def _learns_from_train(self, name: str) -> bool:
+        return bool(self.cfg.agents[name].calibrate or name in self.cfg.evaluation.hybrids)
+
+    def _learns_from_final_profiles(self, name: str) -> bool:
+        """Whether the profiles in the train prompts were written with the rating that is asked for."""
+        shows_profile = self._memories_of(self.cfg.agents[name]) != "long"
+        made_with = read_json(self.workspace.prompt_settings)
+        return self._learns_from_train(name) and shows_profile and made_with.get("profile") == "final"
+
+    def _trained_on_latest(self, adapters: str | None) -> bool:
+        """Whether a set, or one that it began with, was trained on train rows that agents are calibrated on."""
+        while adapters is not None and (manifest := self.workspace.adapter_set(adapters) / MANIFEST).is_file():
+            settings = read_json(manifest)["settings"]
+            if (settings.get("validation_share") or 0) < self.cfg.evaluation.calibration_share:
+                return True
+            adapters = settings["adapter_set"].get("start_from")
+        return False
+
+    def _warn_of_known_rows(self) -> None:
+        for name in sorted(self._too_well_known):
+            print(
+                f"persona_eval: warning: agent {name} is calibrated, or used by a hybrid, on rows that adapter set "
+                f"{self.cfg.agents[name].adapters} was trained on; set "
+                f"validation_share={self.cfg.evaluation.calibration_share:g} and train again"
+            )
 
     def _calibrated(self, name: str, p: Probabilities) -> Probabilities:
         """An agent's distributions as they shall be measured; in the first process."""
@@ -294,9 +340,6 @@ class PersonaEvalRecipe:
         """Ratings and users of the train rows that agents are calibrated on."""
         samples = [self._train[index] for index in self._latest]
         return np.array([sample.rating for sample in samples]), [sample.user_id for sample in samples]
-
-    def _dataset(self, agent: DictConfig, base: BaseModel) -> RatingDataset:
-        return RatingDataset(base.tokenizer, self.source, self.samples, self._memories_of(agent))
 
     def _from_all(self, rows: Sequence[int], values: Sequence[Any]) -> list[Any]:
         """In the first process, every process's values of its rows, in the order of the samples; else none."""
@@ -312,6 +355,10 @@ class PersonaEvalRecipe:
             base.bank.remove(name)
         folder = self.workspace.adapter_set(agent.adapters)
         return load_adapter_set(base.bank, folder, agent.adapters, {sample.user_id for sample in self.samples})
+
+    def _key_of(self, agent: DictConfig) -> tuple[str | None, str | None, str]:
+        """What an agent's distributions depend on."""
+        return self._base_of(agent), agent.adapters, self._memories_of(agent)
 
     def _sampling(self) -> Sampling:
         options = self.cfg.evaluation

@@ -145,6 +145,7 @@ class PersonaLoraRecipe:
             seed=self.cfg.seed,
             rows_from=adapter_set.rows_from,
             share=adapter_set.share,
+            where=f"adapter_sets.{name}",
         )
         sharded = self._sharded[adapter_set.base]
         parallel = "fsdp" if sharded else self.cfg.parallel

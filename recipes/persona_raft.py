@@ -8,6 +8,7 @@ Writes samples/train.parquet, samples/test.parquet, samples/prompt.json, samples
     tune run persona_raft --config quickstart.yaml retrieval.k=3
 """
 
+import pyarrow as pa
 from omegaconf import DictConfig
 
 from personas_tune import config
@@ -69,8 +70,8 @@ def recipe_main(cfg: DictConfig) -> None:
         texts = RetrievalTexts(retrieval.query, item_texts(items), profiles, cfg.prompt.profile)
         embedder = make_embedder(retrieval.embedder, retrieval.dim, cfg.seed, settings=embedding)
         search = index_memories(embedder, texts, train, memories) if retrieval.k else None
-        for split in ("train", "test"):
-            rows = rows_of_split(interactions, split)
+        samples = {}
+        for split, rows in {"train": train, "test": rows_of_split(interactions, "test")}.items():
             found = find_memories(
                 search,
                 texts,
@@ -79,22 +80,24 @@ def recipe_main(cfg: DictConfig) -> None:
                 min_similarity=retrieval.min_similarity,
                 before_target=retrieval.before_target,
             )
-            samples = samples_table(rows, personas, found)
-            if retrieval.neighbours:
-                samples = with_neighbours(
-                    samples,
-                    *neighbour_ratings(
-                        rows,
-                        train,
-                        read_table(workspace.outside, ("user_id", "item_id", "rating")),
-                        retrieval.neighbours,
-                        before_target=retrieval.before_target,
-                        low=scale.min,
-                        high=scale.max,
-                    ),
-                )
-            stage.write_table(f"{split}.parquet", samples)
+            samples[split] = samples_table(rows, personas, found)
             print(f"samples: {len(found)} {split} rows, {sum(map(bool, found))} of them with memories")
+        if retrieval.neighbours:
+            both = pa.concat_tables(samples.values())
+            outside = read_table(workspace.outside, ("user_id", "item_id", "rating"))
+            ratings, n_neighbours = neighbour_ratings(
+                both,
+                train,
+                outside,
+                retrieval.neighbours,
+                before_target=retrieval.before_target,
+                low=scale.min,
+                high=scale.max,
+            )
+            both = with_neighbours(both, ratings, n_neighbours)
+            samples = {"train": both.slice(0, len(train)), "test": both.slice(len(train))}
+        for split, table in samples.items():
+            stage.write_table(f"{split}.parquet", table)
 
         prompt = {"template": cfg.prompt.template, "profile": cfg.prompt.profile}
         stage.write_json("prompt.json", {**prompt, "labels": rating_labels(scale.min, scale.max, scale.step)})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 INDEX = ROOT / "docs" / "index.md"
-COMMAND = re.compile(r"(?:\w+=\S+ +)*(?:tune run|personas-tune|make|python (?:benchmarks|tests)/\S+)(?: |$)")
+NO_COMMAND = re.compile(r"#|$|export |\. |\w+=(?:'[^']*'|\S*)$")  # comments, and what only sets the shell up
 MARK = re.compile(r"# (?:needs (?:a GPU|a key|a server|MovieLens)|takes \d+ minutes?)\b")
 SHELLS = ("", "sh", "bash", "console")
 LINK = re.compile(r"\]\(([\w/.]+\.md)[)#]")
@@ -30,9 +30,11 @@ class Command:
 
 
 def pages_in_reading_order() -> list[Path]:
-    """README, the index and what it links to in its order, then all other pages."""
+    """README, CONTRIBUTING, the index and what it links to in its order, then all other pages."""
     linked = [INDEX.parent / link for link in LINK.findall(INDEX.read_text(encoding="utf-8"))]
-    pages = dict.fromkeys([ROOT / "README.md", INDEX, *linked, *sorted(INDEX.parent.glob("**/*.md"))])
+    pages = dict.fromkeys(
+        [ROOT / "README.md", ROOT / "CONTRIBUTING.md", INDEX, *linked, *sorted(INDEX.parent.glob("**/*.md"))]
+    )
     return [page for page in pages if page.is_file()]
 
 
@@ -40,10 +42,17 @@ def commands_of(page: Path, root: Path = ROOT) -> list[Command]:
     """All commands in a page's fenced blocks, with their marks."""
     name = str(page.relative_to(root))
     return [
-        Command(name, number, tuple(shlex.split(line, comments=True)), mark)
+        Command(name, number, _words_of(line, f"{name}:{number}"), mark)
         for number, line, mark in _marked_lines(page.read_text(encoding="utf-8"))
-        if COMMAND.match(line)
+        if not NO_COMMAND.match(line)
     ]
+
+
+def _words_of(line: str, where: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(line, comments=True))
+    except ValueError as error:
+        raise ValueError(f"{where}: no command: {line} ({error}); output stands in blocks of language text") from error
 
 
 def _marked_lines(text: str) -> Iterator[tuple[int, str, str | None]]:
@@ -61,11 +70,11 @@ def _marked_lines(text: str) -> Iterator[tuple[int, str, str | None]]:
 
 
 def _shell_blocks(text: str) -> Iterator[list[tuple[int, str]]]:
-    """The numbered lines of each fenced block that names no language, or a shell's."""
+    """The numbered lines of each fenced block that names no language, or a shell's, and isn't a printed table."""
     language, block = None, list[tuple[int, str]]()
     for number, line in enumerate(text.splitlines(), 1):
         if line.startswith("```"):
-            if language in SHELLS:
+            if language in SHELLS and not (block and block[0][1].startswith("|")):
                 yield block
             language, block = (line[3:].strip() if language is None else None), []
         else:

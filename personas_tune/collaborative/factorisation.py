@@ -1,8 +1,8 @@
 """Rating models on arrays: user and item biases, and biased matrix factorisation.
 
 Both minimise squared error with an L2 penalty by alternating between users and items, each half-step
-solved exactly. Nothing here draws on a rating's order in time or chooses its own penalties; that is
-the baselines' work.
+solved exactly. Nothing here draws on a rating's order in time or chooses its own penalties; callers do:
+the baselines tune theirs, the neighbours' ratings have fixed ones.
 
 Shapes: N ratings, U users, I items, R rank.
 """

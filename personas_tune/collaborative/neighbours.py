@@ -11,7 +11,7 @@ users, in folds: whatever is fitted for a user's rows never saw a rating of that
 itself only train ratings are known, the target's own never, and only earlier ones where asked for.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,6 +32,7 @@ _N_FOLDS = 5
 _PENALTIES = Penalties(user=2.0, item=6.0)
 _OVERLAP_SHRINKAGE = 30.0
 _DAMPING = 1.0
+_NO_ROWS: Indices = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,6 @@ class _Likeness:
     pool: _Pool
     n: int = 0
     total: float = 0.0
-    shared: Floats = field(init=False)
     _sums: Floats = field(init=False)  # rows: count, t, t^2, e, e^2, t e, where t = r_u - mean - b_i and e the pool's
 
     def __post_init__(self) -> None:
@@ -115,23 +115,35 @@ def neighbour_ratings(
         Ratings within the scale, and how many users they rest on besides the item's average; both ``(n_rows,)``.
 
     Raises:
-        DataError: If there are no ratings of other users.
+        DataError: If a user has no train rating, or there are no ratings of other users.
     """
     item_ids = _distinct(train["item_id"], outside["item_id"], rows["item_id"])
     items = _places(rows["item_id"], item_ids)
     positions = rows["position"].to_numpy().astype(np.int64)
     asked = _rows_by_user(rows)
     histories = _histories(train, item_ids)
+    _require_known(asked.keys(), histories.keys())
     ratings, n_neighbours = np.empty(len(rows)), np.zeros(len(rows), dtype=np.int64)
     for users, pool in _folds(train, outside, item_ids):
         for user in users:
-            mine = asked.get(user, np.zeros(0, dtype=np.int64))
+            mine = asked.get(user, _NO_ROWS)
             mine = mine[np.argsort(positions[mine], kind="stable")]
             told = _known_at(_Likeness(pool), histories[user], positions[mine], before_target=before_target)
             for row, likeness in zip(mine, told, strict=True):
                 ratings[row], n_neighbours[row] = _predict(likeness, items[row], k)
     # Rounded: a sum from which an own rating was taken out again keeps a trace of it in its last digits.
     return np.asarray(np.round(np.clip(ratings, low, high), 6), dtype=np.float64), n_neighbours
+
+
+def _require_known(asked: Set[str], known: Set[str]) -> None:
+    """Refuse users without a train rating: they are in no fold."""
+    unknown = sorted(asked - known)
+    if unknown:
+        raise DataError(
+            f"no train rating of {len(unknown)} user(s) to find neighbours by",
+            where=f"data/interactions.parquet user {unknown[0]}",
+            remedy="raise data.split.train_fraction or set retrieval.neighbours=0",
+        )
 
 
 def _known_at(

@@ -5,6 +5,9 @@ on every rating that an agent may see (the cohort's train rows and all rows of u
 its penalties tuned on a slice of the cohort's train rows, and fitted again on everything with what won.
 The slice is the last fifth of each user's train rows in time, because the test rows follow in time too.
 No test rating is ever read.
+
+A prediction is one number, and nobody rates 3.7. To simulate ratings a baseline draws from a normal distribution
+round its prediction, as wide as its errors on train rows that were held out from fitting.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,15 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from sklearn.linear_model import Ridge
-from sklearn.model_selection import GridSearchCV, GroupKFold
-from sklearn.pipeline import Pipeline
-from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from threadpoolctl import threadpool_limits
 
 from personas_tune.collaborative.factorisation import Penalties, Ratings, fit_biases, fit_factors
 from personas_tune.errors import EvaluationError
 from personas_tune.evaluation.prompt_numbers import prompt_numbers
+from personas_tune.evaluation.ridge import cross_validated_ridge, held_out_predictions
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -39,8 +39,6 @@ _FIRST_RANK = 8
 # any (ml-latest-small, rank 8: RMSE .905 against .911) and hardly depends on the seed.
 _N_STARTS = 4
 _N_SWEEPS = 8
-_RIDGE_ALPHAS = tuple(float(alpha) for alpha in np.logspace(-1, 4, 11))
-_RIDGE_FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -50,10 +48,13 @@ class Baseline:
     Args:
         predicted: One rating a test row, within the scale.
         tuned: Chosen settings by name; empty when there was nothing to choose.
+        sd: Root mean square error on train rows that were held out, clipped as predictions are: the standard deviation
+            of the ratings that are drawn round a prediction. None when no row could be held out.
     """
 
     predicted: Floats
     tuned: dict[str, float] = field(default_factory=dict)
+    sd: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,12 @@ class _Problem:
 
     def clip(self, predicted: Floats) -> Floats:
         return np.clip(predicted, self.labels[0], self.labels[-1])
+
+    def solve(self, predict: Callable[[_Task], Floats], tuned: dict[str, float] | None = None) -> Baseline:
+        """Predict the test rows, and the rows of the tuning task for the size of the errors."""
+        predicted = self.clip(predict(self.final))
+        sd = _rmse(self.clip(predict(self.tuning)), self.truth) if len(self.truth) else None
+        return Baseline(predicted, tuned or {}, sd)
 
     def choose(self, candidates: Sequence[Candidate], predict: Callable[[_Task, Candidate], Floats]) -> Candidate:
         """The candidate with the lowest RMSE on the tuning task, the first of equals.
@@ -114,8 +121,7 @@ def fit_baselines(
     * ``matrix_factorisation``: the same plus an inner product of factors; rank 0 is among the choices.
     * ``ridge_prompt_numbers``: ridge regression on :func:`~personas_tune.evaluation.prompt_numbers.prompt_numbers`,
       with or without their squares and products, chosen by cross-validation that keeps users together.
-
-    * ``neighbours``: what like-minded users say, as the prompts show it; only where they do.
+    * ``neighbours``: what like-minded users say, unrounded (prompts show one decimal); only where prompts show it.
 
     Unknown users and items are predicted by whatever part of a model remains. The order of the rows of
     ``train``, ``outside`` and ``train_samples`` changes nothing, nor does the number of threads.
@@ -132,7 +138,9 @@ def fit_baselines(
         seed: Seeds the first factors of the matrix factorisation.
 
     Returns:
-        Predictions for the rows of ``test``, in its order, by name.
+        Predictions for the rows of ``test``, in its order, by name. The error on held-out rows is that on the tuning
+        slice, after fitting on what precedes it; for the ridge regression that of cross-validation over users; for
+        ``neighbours`` that on all train samples, whose ratings it never saw.
 
     Raises:
         EvaluationError: If there is no train row, or a user is missing from ``users``.
@@ -154,7 +162,7 @@ def fit_baselines(
             "ridge_prompt_numbers": _ridge(train, test, items, users, train_samples, historical_average, problem),
         }
         if "neighbours_rating" in test.column_names:
-            baselines["neighbours"] = Baseline(problem.clip(test["neighbours_rating"].to_numpy()))
+            baselines["neighbours"] = _neighbours(problem, test, train_samples)
         return baselines
 
 
@@ -205,13 +213,16 @@ def _rmse(predicted: Floats | float, ratings: Floats) -> float:
 
 
 def _constant(problem: _Problem) -> Baseline:
-    errors = [_rmse(label, problem.final.cohort.values) for label in problem.labels]
-    label = float(problem.labels[int(np.argmin(errors))])
-    return Baseline(np.full(len(problem.final.users), label), {"label": label})
+    def best_label(task: _Task) -> float:
+        errors = [_rmse(label, task.cohort.values) for label in problem.labels]
+        return float(problem.labels[int(np.argmin(errors))])
+
+    tuned = {"label": best_label(problem.final)}
+    return problem.solve(lambda task: np.full(len(task.users), best_label(task)), tuned)
 
 
 def _global_mean(problem: _Problem) -> Baseline:
-    return Baseline(np.full(len(problem.final.users), problem.final.cohort.values.mean()))
+    return problem.solve(lambda task: np.full(len(task.users), task.cohort.values.mean()))
 
 
 def shrunk_means(owners: Indices, values: Floats, n_owners: int, shrinkage: float) -> Floats:
@@ -231,7 +242,7 @@ def _user_mean(problem: _Problem) -> Baseline:
         return shrunk_means(rows.users, rows.values, rows.n_users, shrinkage)[task.users]
 
     shrinkage = problem.choose(_SHRINKAGES, predict)
-    return Baseline(problem.clip(predict(problem.final, shrinkage)), {"shrinkage": shrinkage})
+    return problem.solve(lambda task: predict(task, shrinkage), {"shrinkage": shrinkage})
 
 
 def _item_mean(problem: _Problem) -> Baseline:
@@ -240,7 +251,7 @@ def _item_mean(problem: _Problem) -> Baseline:
         return shrunk_means(rows.items, rows.values, rows.n_items, shrinkage)[task.items]
 
     shrinkage = problem.choose(_SHRINKAGES, predict)
-    return Baseline(problem.clip(predict(problem.final, shrinkage)), {"shrinkage": shrinkage})
+    return problem.solve(lambda task: predict(task, shrinkage), {"shrinkage": shrinkage})
 
 
 def _tune_biases(problem: _Problem) -> Penalties:
@@ -254,7 +265,7 @@ def _predict_by_biases(task: _Task, penalties: Penalties) -> Floats:
 
 def _user_item_bias(problem: _Problem, penalties: Penalties) -> Baseline:
     tuned = {"user_penalty": penalties.user, "item_penalty": penalties.item}
-    return Baseline(problem.clip(_predict_by_biases(problem.final, penalties)), tuned)
+    return problem.solve(lambda task: _predict_by_biases(task, penalties), tuned)
 
 
 def _matrix_factorisation(problem: _Problem, penalties: Penalties, seed: int) -> Baseline:
@@ -271,7 +282,15 @@ def _matrix_factorisation(problem: _Problem, penalties: Penalties, seed: int) ->
     factor_penalty = problem.choose(_FACTOR_PENALTIES, lambda task, penalty: predict(task, _FIRST_RANK, penalty))
     rank = problem.choose(_RANKS, lambda task, rank: predict(task, rank, factor_penalty))
     tuned = {"rank": float(rank), "factor_penalty": factor_penalty}
-    return Baseline(predict(problem.final, rank, factor_penalty), tuned)
+    return problem.solve(lambda task: predict(task, rank, factor_penalty), tuned)
+
+
+def _neighbours(problem: _Problem, test: pa.Table, train_samples: pa.Table) -> Baseline:
+    sd = None
+    if "neighbours_rating" in train_samples.column_names:
+        said = problem.clip(train_samples["neighbours_rating"].to_numpy())
+        sd = _rmse(said, train_samples["rating"].to_numpy().astype(np.float64))
+    return Baseline(problem.clip(test["neighbours_rating"].to_numpy()), sd=sd)
 
 
 def _ridge(
@@ -289,23 +308,6 @@ def _ridge(
     model = cross_validated_ridge(features, ratings, groups)
     asked = prompt_numbers(test, train, items, users, historical_average, leave_own_out=False)
     tuned = {"alpha": model["ridge"].alpha, "degree": float(model["products"].degree)}
-    return Baseline(problem.clip(model.predict(asked)), tuned)
-
-
-def cross_validated_ridge(features: Floats, ratings: Floats, groups: Indices) -> Pipeline:
-    """A ridge regression on standardised features and perhaps their products, tuned over groups."""
-    n_groups = len(np.unique(groups))
-    pipeline = Pipeline(
-        [
-            ("scaled", StandardScaler()),
-            ("products", PolynomialFeatures(degree=1, include_bias=False)),
-            ("rescaled", StandardScaler()),
-            ("ridge", Ridge(alpha=_RIDGE_ALPHAS[len(_RIDGE_ALPHAS) // 2])),
-        ]
-    )
-    if n_groups < 2:
-        return pipeline.fit(features, ratings)
-    grid = {"products__degree": (1, 2), "ridge__alpha": _RIDGE_ALPHAS}
-    folds = GroupKFold(n_splits=min(_RIDGE_FOLDS, n_groups))
-    search = GridSearchCV(pipeline, grid, scoring="neg_mean_squared_error", cv=folds)
-    return search.fit(features, ratings, groups=groups).best_estimator_
+    held_out = held_out_predictions(model, features, ratings, groups)
+    sd = None if held_out is None else _rmse(problem.clip(held_out), ratings)
+    return Baseline(problem.clip(model.predict(asked)), tuned, sd)

@@ -1,13 +1,9 @@
-"""Making an agent's distributions honest, and asking what it adds to plain numbers.
+"""Making an agent's distributions honest.
 
-Both are fitted on train rows only, the latest of each user, because the test rows follow in time too.
-
-*Calibration* sees nothing but the agent's own distribution. It is Dirichlet calibration (Kull et al. 2019,
-"Beyond temperature scaling"): multinomial logistic regression on the log probabilities, which can shift,
-sharpen and mix labels, the same way for every user and item.
-
-A *hybrid* sees the numbers of the prompt beside the agent's distribution. It is no agent any more, so it
-stands beside the same regression without the agent, fitted on the same rows.
+Calibration is fitted on train rows only, the latest of each user, because the test rows follow in time too. It
+sees nothing but the agent's own distribution. It is Dirichlet calibration (Kull et al. 2019, "Beyond temperature
+scaling"): multinomial logistic regression on the log probabilities, which can shift, sharpen and mix labels, the
+same way for every user and item.
 """
 
 from collections.abc import Sequence
@@ -21,11 +17,13 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from personas_tune.errors import EvaluationError
-from personas_tune.evaluation.baselines import Baseline, cross_validated_ridge
+from personas_tune.evaluation.distributions import nearest_labels
 
 Floats = NDArray[np.float64]
+Indices = NDArray[np.intp]
 
-_PENALTIES = {"logisticregression__C": (0.001, 0.01, 0.1, 1.0, 10.0)}
+_PENALTIES = (0.001, 0.01, 0.1, 1.0, 10.0)
+_PENALTY = 0.1  # where folds can't choose
 _FOLDS = 5
 _LEAST_P = 1e-6
 _ITERATIONS = 1000
@@ -48,77 +46,56 @@ def calibrate(p_train: Floats, ratings: Floats, users: Sequence[str], p: Floats,
     Raises:
         EvaluationError: If the train rows have fewer than two users or different ratings.
     """
-    seen = np.searchsorted(np.asarray(labels), ratings)
-    _require_variety(users, seen)
+    seen = nearest_labels(ratings, np.asarray(labels, dtype=np.float64))
+    require_calibration_rows(seen, users)
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=_ITERATIONS))
     calibrated = np.zeros(p.shape)
     with threadpool_limits(limits=1):
-        fitted = _tuned(model, _log(p_train), seen, users)
-        calibrated[:, fitted.classes_] = fitted.predict_proba(_log(p))
+        fitted = _tuned(model, log_probabilities(p_train), seen, users)
+        calibrated[:, fitted.classes_] = fitted.predict_proba(log_probabilities(p))
     return calibrated
 
 
-def _tuned(model: Pipeline, features: Floats, targets: NDArray[np.int64], users: Sequence[str]) -> GridSearchCV:
-    """Choose the penalty by log loss; a label that is missing from a fold's train part rules that score out."""
-    folds = GroupKFold(n_splits=min(_FOLDS, len(set(users))))
-    search = GridSearchCV(model, _PENALTIES, scoring=_log_loss, cv=folds)
-    return search.fit(features, targets, groups=np.unique(np.asarray(users), return_inverse=True)[1])
+def _tuned(model: Pipeline, features: Floats, targets: Indices, users: Sequence[str]) -> Pipeline:
+    """Fit with the penalty that has the best log loss over folds of users.
+
+    With a fixed penalty where some fold leaves rows of one label only, on which nothing can be fitted.
+    """
+    groups = np.unique(np.asarray(users), return_inverse=True)[1]
+    folds = list(GroupKFold(n_splits=min(_FOLDS, len(set(users)))).split(features, targets, groups))
+    if any(len(np.unique(targets[train])) < 2 for train, _ in folds):
+        return model.set_params(logisticregression__C=_PENALTY).fit(features, targets)
+    search = GridSearchCV(model, {"logisticregression__C": _PENALTIES}, scoring=_log_loss, cv=folds)
+    return search.fit(features, targets).best_estimator_
 
 
 def _log_loss(model: Pipeline, features: Floats, targets: NDArray[np.int64]) -> float:
-    """Mean log probability of the true labels; a label that the model hasn't met counts as least probable."""
+    """Mean log probability of the true labels; one that the fold's train part lacks has the least probability, 1e-6."""
     p = np.full((len(targets), 1 + int(max(targets.max(), model.classes_.max()))), _LEAST_P)
     p[:, model.classes_] = model.predict_proba(features)
     return float(np.log(np.maximum(p[np.arange(len(targets)), targets], _LEAST_P)).mean())
 
 
-def _log(p: Floats) -> Floats:
+def log_probabilities(p: Floats) -> Floats:
+    """Natural logarithms of probabilities, of which those below one in a million count as that."""
     return np.log(np.maximum(p, _LEAST_P))
 
 
-def _require_variety(users: Sequence[str], seen: NDArray[np.int64]) -> None:
+def require_calibration_rows(ratings: Floats | Indices, users: Sequence[str]) -> None:
+    """See whether there are train rows enough to calibrate an agent or fit a hybrid on.
+
+    Args:
+        ratings: The ratings, or the indices of their labels.
+        users: Their users.
+
+    Raises:
+        EvaluationError: If there are fewer than two users or different ratings.
+    """
     if len(set(users)) < 2:
-        raise EvaluationError("calibration needs train rows of two users", where="samples/train", remedy=_REMEDY)
-    if len(np.unique(seen)) < 2:
-        raise EvaluationError("all train rows have one rating", where="samples/train", remedy=_REMEDY)
-
-
-def fit_hybrid(
-    numbers_train: Floats,
-    p_train: Floats | None,
-    ratings: Floats,
-    users: Sequence[str],
-    numbers: Floats,
-    p: Floats | None,
-    labels: Sequence[float],
-) -> Baseline:
-    """Ridge regression on the prompt's numbers and an agent's distribution, or for the comparison on numbers alone.
-
-    Args:
-        numbers_train: :func:`~personas_tune.evaluation.prompt_numbers.prompt_numbers` of N train rows.
-        p_train: The agent's distributions of these rows, shape ``(N, n_labels)``; None for the numbers alone.
-        ratings: The true ratings of these rows, shape ``(N,)``.
-        users: Their users, whom cross-validation keeps together.
-        numbers: The numbers of M rows to predict.
-        p: The agent's distributions of these.
-        labels: The scale's ratings, ascending.
-    """
-    groups = np.unique(np.asarray(users), return_inverse=True)[1]
-    with threadpool_limits(limits=1):
-        model = cross_validated_ridge(with_distribution(numbers_train, p_train, labels), ratings, groups)
-        predicted = model.predict(with_distribution(numbers, p, labels))
-    tuned = {"alpha": model["ridge"].alpha, "degree": float(model["products"].degree)}
-    return Baseline(np.clip(predicted, labels[0], labels[-1]), tuned)
-
-
-def with_distribution(numbers: Floats, p: Floats | None, labels: Sequence[float]) -> Floats:
-    """A hybrid's features: the prompt's numbers, the agent's expected rating and log probabilities.
-
-    Args:
-        numbers: :func:`~personas_tune.evaluation.prompt_numbers.prompt_numbers`, shape ``(N, n_numbers)``.
-        p: The agent's distributions, shape ``(N, n_labels)``; None leaves them out.
-        labels: The scale's ratings.
-    """
-    if p is None:
-        return numbers
-    return np.column_stack([numbers, p @ np.asarray(labels), _log(p)])
+        why = (
+            f"calibration and hybrids need train rows of two users, there are {len(ratings)} rows of {len(set(users))}"
+        )
+        raise EvaluationError(why, where="samples/train", remedy=_REMEDY)
+    if len(np.unique(ratings)) < 2:
+        why = "calibration and hybrids need two different ratings, all train rows kept for them have one rating"
+        raise EvaluationError(why, where="samples/train", remedy=_REMEDY)

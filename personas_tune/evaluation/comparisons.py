@@ -14,7 +14,6 @@ from personas_tune.evaluation.intervals import DEFAULT_RESAMPLING, Resampling, i
 from personas_tune.evaluation.metrics import without_nan
 
 Floats = NDArray[np.float64]
-Indices = NDArray[np.intp]
 
 # What every agent is compared with, besides the other agents.
 REFERENCE_BASELINES = (

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import rel_entr
+from scipy.special import ndtr, rel_entr
 from scipy.stats import wasserstein_distance
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
+
+_LEAST_SD = 1e-9
 
 
 def nearest_labels(values: Floats, labels: Floats) -> Indices:
@@ -36,6 +38,26 @@ def nearest_labels(values: Floats, labels: Floats) -> Indices:
 def point_masses(values: Floats, labels: Floats) -> Floats:
     """All mass of each row on the label nearest its value, shape ``(n, L)``."""
     return np.eye(len(labels))[nearest_labels(values, labels)]
+
+
+def normal_masses(means: Floats, sd: float, labels: Floats) -> Floats:
+    """A normal distribution round each mean, put on the nearest labels; the outer labels take the tails.
+
+    Args:
+        means: Ratings, finite, shape ``(n,)``.
+        sd: The standard deviation of all of them.
+        labels: The scale's labels, ascending, shape ``(L,)``.
+
+    Returns:
+        Shape ``(n, L)``; rows sum to 1.
+
+    Example:
+        >>> normal_masses(np.array([2.5]), 1.0, np.arange(1.0, 5.0)).round(3).tolist()
+        [[0.159, 0.341, 0.341, 0.159]]
+    """
+    edges = (labels[1:] + labels[:-1]) / 2
+    below = ndtr((edges - means[:, np.newaxis]) / max(sd, _LEAST_SD))
+    return np.diff(below, prepend=0.0, append=1.0, axis=1)
 
 
 def sum_by_group(groups: Indices, masses: Floats, n_groups: int) -> Floats:

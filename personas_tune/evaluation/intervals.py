@@ -2,7 +2,8 @@
 
 A user's ratings are not independent: whoever is hard to predict is hard on every row. Resampling rows
 would therefore give intervals that are too narrow, so whole users are drawn with replacement. Per-user
-sums are all that is needed, which keeps 9,999 resamples of 200 users well below a second, however many figures.
+sums are all that is needed, so that rows are read once, and
+a resample costs as much as there are users and figures.
 
 Intervals are percentile intervals. On simulated users their coverage equals that of BCa within a
 percent, and they exist where BCa doesn't (a predictor that is never wrong).

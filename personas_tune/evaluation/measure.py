@@ -11,7 +11,7 @@ from personas_tune.datasets.source import Sample
 from personas_tune.errors import EvaluationError
 from personas_tune.evaluation.baselines import Baseline
 from personas_tune.evaluation.comparisons import Predictor, compare_predictors, comparison_pairs
-from personas_tune.evaluation.distributions import nearest_labels
+from personas_tune.evaluation.distributions import nearest_labels, normal_masses
 from personas_tune.evaluation.faithfulness import measure_faithfulness
 from personas_tune.evaluation.intervals import Resampling
 from personas_tune.evaluation.metrics import fill_unparsed, measure_agent, skill_score, train_means, without_nan
@@ -60,15 +60,16 @@ class Measurement:
             p: The label probabilities of each test row (:func:`readout_probabilities`), or None.
         """
         draws = p is not None and described["readout"] == "expected"
-        nll = None if p is None else negative_log_likelihoods(p, nearest_labels(self._ratings, self._labels))
-        filled = fill_unparsed(predicted, self._user_means)
-        self._compared[name] = Predictor(filled, p if draws else None, nll)
+        self._compare(name, predicted, p, draws)
         self._agents.append({"name": name, **described, **self._measure(predicted, p, draws)})
 
     def add_baseline(self, name: str, baseline: Baseline) -> None:
-        """Measure a baseline."""
-        self._compared[name] = Predictor(baseline.predicted)
-        self._baselines.append({"name": name, "tuned": dict(baseline.tuned), **self._measure(baseline.predicted)})
+        """Measure a baseline; it simulates ratings by drawing them from a normal distribution put on the labels."""
+        predicted, sd = baseline.predicted, baseline.sd
+        p = None if sd is None else normal_masses(predicted, sd, self._labels)
+        self._compare(name, predicted, p, draws=p is not None)
+        described = {"name": name, "tuned": dict(baseline.tuned), "residual_sd": sd}
+        self._baselines.append({**described, **self._measure(predicted, p, draws=p is not None)})
 
     def add_hybrid(self, agent: str, hybrid: Baseline, without: Baseline) -> None:
         """Measure a regression that uses an agent's distributions beside numbers, and the same one without them."""
@@ -100,6 +101,11 @@ class Measurement:
                 **settings,
             },
         }
+
+    def _compare(self, name: str, predicted: Floats, p: Floats | None, draws: bool) -> None:
+        nll = None if p is None else negative_log_likelihoods(p, nearest_labels(self._ratings, self._labels))
+        filled = fill_unparsed(predicted, self._user_means)
+        self._compared[name] = Predictor(filled, p if draws else None, nll)
 
     def _measure(self, predicted: Floats, p: Floats | None = None, draws: bool = False) -> dict[str, Any]:
         rows = (self._users, self._personas, self._ratings, predicted)

@@ -27,7 +27,7 @@ def negative_log_likelihoods(p: Floats, truth: Indices) -> Floats:
 
 
 def ranked_probability_scores(p: Floats, truth: Indices) -> Floats:
-    """The squared distance between predicted and true cumulative distributions, from 0 to 1 (Epstein 1969).
+    """The squared distance between predicted and true cumulative distributions, from 0 to 1, best 0 (Murphy 1971).
 
     ``sum over k < L of (P(label <= k) - [truth <= k])^2``, over ``L - 1``.
 

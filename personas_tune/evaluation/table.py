@@ -123,14 +123,14 @@ def _draws(row: Mapping[str, Any]) -> bool:
 
 
 def _shown_pairs(metrics: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """The comparisons; of very many, those of the best agent, and those with the best baseline and user+item bias."""
-    paired = metrics["paired"]
+    """The comparisons; of very many, those of the best agent, with the best baseline and user+item bias, of hybrids."""
+    paired, agents = metrics["paired"], {agent["name"] for agent in metrics["agents"]}
     if len(paired) <= _MOST_PAIRS:
         return list(paired)
-    compared = {pair["b"] for pair in paired}
+    compared = {pair["b"] for pair in paired if pair["a"] in agents}
     rivals = [row for row in metrics["baselines"] if row["name"] in compared]
     shown = {_best(metrics["agents"]), _best(rivals), "user_item_bias"}
-    return [pair for pair in paired if {pair["a"], pair["b"]} & shown]
+    return [pair for pair in paired if pair["a"] not in agents or {pair["a"], pair["b"]} & shown]
 
 
 def _best(rows: Sequence[Mapping[str, Any]]) -> str | None:
@@ -191,7 +191,6 @@ def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
 def _notes(metrics: Mapping[str, Any], confidence: str) -> list[str]:
     settings = metrics["settings"]
     average, traits = settings["historical_average"], settings["traits"]
-    tuned = [f"{row['name']} ({_tuned(row['tuned'])})" for row in metrics["baselines"] if row.get("tuned")]
     notes = [
         f"{settings['n_rows']} test rows of {settings['n_users']} users, the same rows for every predictor; "
         f"seed {settings['seed']}.",
@@ -209,15 +208,52 @@ def _notes(metrics: Mapping[str, Any], confidence: str) -> list[str]:
     )
     if len(shown := _shown_pairs(metrics)) < len(metrics["paired"]):
         notes.append(
-            f"{len(shown)} of {len(metrics['paired'])} differences are shown: the best agent's, and those with the "
-            "best baseline and with user_item_bias; metrics.json has all."
+            f"{len(shown)} of {len(metrics['paired'])} differences are shown: the best agent's, those with the best "
+            "baseline and with user_item_bias, and those of hybrids; metrics.json has all."
         )
     notes += _conventions_of_faithfulness(metrics)
-    if tuned:
-        notes.append(f"Baselines are fitted on train and outside rows and tuned on train rows: {'; '.join(tuned)}.")
+    notes += [*_fitted(metrics["baselines"]), *_calibrated(metrics["agents"])]
     crosswise = metrics.get("own_versus_other", {})
     notes += [own_versus_other_note(agent, measured) for agent, measured in crosswise.items()]
+    if any(row["name"] in crosswise and _is_measured_otherwise(row) for row in metrics["agents"]):
+        notes.append(
+            "Own against other adapters: an agent with readout generate is measured by its expected rating, a "
+            "calibrated one before calibration."
+        )
     return [f"- {note}" for note in notes]
+
+
+def _is_measured_otherwise(agent: Mapping[str, Any]) -> bool:
+    """Whether an agent's figures with every adapter are of other ratings than its own figures."""
+    return agent["readout"] == "generate" or bool(agent.get("calibrated"))
+
+
+def _fitted(baselines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What baselines and hybrids were fitted on, and what tuning chose."""
+    told = {False: "Baselines are fitted on train and outside rows and tuned on train rows"}
+    told[True] = "Hybrids are fitted on the latest train rows of each user and tuned by cross-validation on these"
+    notes = []
+    for is_hybrid, said in told.items():
+        rows = [row for row in baselines if row.get("tuned") and row["name"].startswith("hybrid_") == is_hybrid]
+        tuned = [f"{row['name']} ({_tuned(row['tuned'])})" for row in rows]
+        notes += [f"{said}: {'; '.join(tuned)}."] if tuned else []
+    return notes
+
+
+def _calibrated(agents: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which agents' calibration knows its rows too well."""
+    notes = []
+    if known := [agent["name"] for agent in agents if agent.get("calibrated_on_trained_rows")]:
+        notes.append(
+            f"Calibrated, or used by a hybrid, on rows that the adapters were trained on: {', '.join(known)}. There "
+            "they are surer and better than on test rows."
+        )
+    if known := [agent["name"] for agent in agents if agent.get("calibrated_on_final_profiles")]:
+        notes.append(
+            f"Calibrated, or used by a hybrid, on train prompts whose profiles knew their ratings (prompt.profile: "
+            f"final): {', '.join(known)}."
+        )
+    return notes
 
 
 def _conventions_of_faithfulness(metrics: Mapping[str, Any]) -> list[str]:
@@ -226,14 +262,15 @@ def _conventions_of_faithfulness(metrics: Mapping[str, Any]) -> list[str]:
         "Faithfulness, over rows with an answer. Accuracy, within 1 and kappa (quadratic) are of the label nearest the "
         "prediction.",
         "Order: share of pairs of a user's rows with different true ratings that are ordered right, ties one half.",
-        "NLL (nats), RPS (0 to 1) and ECE are of the label probabilities, of predictors that have them.",
+        "NLL (nats), RPS (0 to 1) and ECE are of the label probabilities, of predictors that have them; a baseline's "
+        "are a normal distribution round its prediction, as wide as its errors on held-out train rows.",
         "JS (nats, at most 0.693) and W1 (units of rating): distances between the labels' shares among true and among "
         "simulated ratings; 0 is best. Var.: variance of simulated over that of true ratings; 1 is best.",
     ]
     if any(map(_draws, _predictors(metrics))):
         notes.append(
-            "JS, W1, var.: an agent with readout expected simulates by drawing from its probabilities, all others "
-            "answer the label nearest their prediction. Pts: every predictor answers that label."
+            "JS, W1, var.: an agent with readout expected and a baseline simulate by drawing from their probabilities, "
+            "all others answer the label nearest their prediction. Pts: every predictor answers that label."
         )
     if any(row.get("published") for row in metrics["agents"]):
         notes.append("Paper: figures published for the row that an agent reproduces, on that paper's own test rows.")

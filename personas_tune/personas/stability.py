@@ -1,4 +1,9 @@
-"""Would the users be grouped alike by other draws of k-means++?"""
+"""Would the users be grouped alike by other draws of k-means++?
+
+A grouping is the best of ten k-means starts (see :func:`~personas_tune.personas.clustering.cluster_users`), and a seed
+changes these starts and nothing else. So this measures how firmly the search finds one grouping of these very profiles,
+not how it would change with other users, other texts or another embedder; that takes resampling.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import adjusted_rand_score
 
-from personas_tune.personas.clustering import cluster_users
+from personas_tune.personas.clustering import UserClusters, cluster_users
 
 
 @dataclass(frozen=True)
@@ -38,17 +43,20 @@ class Stability:
         return min(self.adjusted_rand)
 
 
-def measure_stability(profile_embeddings: NDArray[np.float32], k: int, seed: int, n_seeds: int) -> Stability:
-    """Cluster the users again with other seeds.
+def measure_stability(
+    profile_embeddings: NDArray[np.float32], clusters: UserClusters, seed: int, n_seeds: int
+) -> Stability:
+    """Cluster the users again with other seeds; each grouping is again the best of ten starts.
 
     Args:
         profile_embeddings: One row per user, shape ``(n_users, dim)``, rows of unit length.
-        k: How many personas.
+        clusters: What the experiment's seed gave.
         seed: The experiment's; those after it are tried.
         n_seeds: How many others, at least 1.
     """
-    seeds = [seed + turn for turn in range(n_seeds + 1)]
-    return Stability(seeds, pairwise_adjusted_rand([cluster_users(profile_embeddings, k, s).personas for s in seeds]))
+    others = [seed + turn for turn in range(1, n_seeds + 1)]
+    again = [cluster_users(profile_embeddings, clusters.k, other).personas for other in others]
+    return Stability([seed, *others], pairwise_adjusted_rand([clusters.personas, *again]))
 
 
 def pairwise_adjusted_rand(groupings: Sequence[Sequence[int] | NDArray[np.int32]]) -> list[float]:

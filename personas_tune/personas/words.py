@@ -74,8 +74,11 @@ def log_odds(counts: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
     prior is what a persona that is like all the others would have counted. Words that are rare come out near 0, and so
     do words that all personas share.
 
+    Monroe et al. count tokens; here users are counted, so a persona's total is its pairs of a user and a word.
+
     Args:
-        counts: Of each word in each persona, shape ``(n_personas, n_words)``; each word occurs, and there are two.
+        counts: How many users of each persona have each word, shape ``(n_personas, n_words)``; each word occurs, and
+            there are two.
 
     Returns:
         Of the same shape.
@@ -99,7 +102,7 @@ def nouns_and_adjectives(model: str = SPACY_MODEL) -> Analyzer:
         model: A spaCy model's name, or the folder of one.
 
     Raises:
-        ConfigError: If spaCy or the model isn't installed.
+        ConfigError: If spaCy or the model isn't installed, or the two don't go together.
     """
     pipeline, words = _load_spacy(model), plain_words()
     return lambda text: words(" ".join(token.text for token in pipeline(text) if token.pos_ in _KINDS))
@@ -121,6 +124,9 @@ def _load_spacy(model: str) -> Any:
         raise ConfigError(what, where="personas.words", remedy=f"{remedy}, or set it to sklearn") from error
     except OSError as error:
         what = f"spaCy's model {model} is not installed"
+        raise ConfigError(what, where="personas.words", remedy=f"{download}, or set it to sklearn") from error
+    except ValueError as error:
+        what = f"spaCy's model {model} can't be read by the spaCy that is installed"
         raise ConfigError(what, where="personas.words", remedy=f"{download}, or set it to sklearn") from error
 
 

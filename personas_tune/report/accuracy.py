@@ -6,9 +6,11 @@ from typing import Any
 from personas_tune.report.figure import HALF, WIDE, Absent, Figure, write_notes, write_panels, write_table
 from personas_tune.report.markup import Child, count, join, number, percent, tag
 from personas_tune.report.run import Pair, Row, Run, pair_of, title_of
-from personas_tune.report.whiskers import CIRCLE, DIAMOND, SQUARE, TRIANGLE, Whisker, draw_whiskers
+from personas_tune.report.whiskers import CIRCLE, CROSS, DIAMOND, DOWN, PLUS, SQUARE, TRIANGLE, Whisker, draw_whiskers
 
 _NAMES = {"rmse": "RMSE", "mae": "MAE"}
+VERDICT_SHAPES = {"better": DOWN, "worse": CROSS, "not told apart": PLUS}
+_PAPERS_OWN = "the paper’s published figure, of its own test rows and models"
 
 
 def accuracy_figures(run: Run) -> list[Figure | Absent]:
@@ -33,18 +35,21 @@ def verdict(ends: Mapping[str, float | None]) -> str:
 
 def _errors(run: Run, metric: str) -> Figure | Absent:
     name = _NAMES[metric]
-    rows = sorted((row for row in run.predictors if row[metric] is not None), key=lambda row: float(row[metric]))
+    ranked_by = f"{metric}_filled" if run.has_gaps else metric
+    rows = [row for row in run.predictors if row[metric] is not None and row[ranked_by] is not None]
+    rows.sort(key=lambda row: float(row[ranked_by]))
     if not rows:
         return Absent(metric, name, "no predictor answered a single row")
     drawn = [_whisker(run, row, metric) for row in rows]
-    paper = " A cross marks the paper's published figure." if any(row.published is not None for row in drawn) else ""
+    paper = f" A cross marks {_PAPERS_OWN}." if any(row.published is not None for row in drawn) else ""
     kinds = "Circles are agents, squares baselines"
     kinds += ", triangles regressions that use an agent" if run.hybrids else ""
     kinds += ", the diamond the floor." if run.metrics.get("oracle") else "."
+    gaps = f" Over rows with an answer; the order is that of {name} filled, over all rows." if run.has_gaps else ""
     return Figure(
         metric,
         f"{name}, lower is better",
-        f"{_leader(run, rows)} {kinds} Whiskers: {run.confidence} intervals over users.{paper}",
+        f"{_leader(run, rows)}{gaps} {kinds} Whiskers: {run.confidence} intervals over users.{paper}",
         draw_whiskers(drawn, name),
         told=f"{name} by predictor: " + "; ".join(f"{row.name} {number(row.value)}" for row in drawn),
         size=HALF,
@@ -62,10 +67,18 @@ def _whisker(run: Run, row: Row, metric: str) -> Whisker:
 
 
 def _leader(run: Run, rows: list[Row]) -> str:
-    oracle = run.metrics.get("oracle")
-    first = next(row for row in rows if row is not oracle)
-    kind = "an agent" if any(first is agent for agent in run.agents) else "a baseline"
-    return f"{title_of(first)}, {kind}, comes first."
+    first = next((row for row in rows if row is not run.metrics.get("oracle")), None)
+    if first is None:
+        return "No agent or baseline answered a single row."
+    return f"{title_of(first)}, {_kind(run, first)}, comes first of agents and baselines."
+
+
+def _kind(run: Run, row: Row) -> str:
+    if any(row is agent for agent in run.agents):
+        return "an agent"
+    if row["name"] in run.hybrids:
+        return "a hybrid (a regression that uses an agent)"
+    return "a baseline"
 
 
 Column = tuple[str, Callable[[Row], Child]]
@@ -79,14 +92,20 @@ def _table(run: Run) -> Figure:
     return Figure(
         "table",
         "The table",
-        f"Every predictor on the same {count(run.settings['n_rows'], 'row')}. The lowest error of a column is bold.",
+        f"Every predictor on the same {count(run.settings['n_rows'], 'row')}. {_bold(run)}",
         join([write_table(header, rows, n_text=n_text), write_notes(_notes(run))]),
         size=WIDE,
     )
 
 
+def _bold(run: Run) -> str:
+    if run.has_gaps:
+        return "The lowest filled error of agents and baselines is bold; the others are not of the same rows."
+    return "The lowest error of agents and baselines in a column is bold."
+
+
 def _columns(run: Run) -> list[Column]:
-    filled = any(row["n_parsed"] < row["n"] for row in run.predictors)
+    filled = run.has_gaps
     calibrated = any(row.get("calibrated") for row in run.agents)
     several_bases = len({row["base"] for row in run.agents}) > 1
     return [
@@ -94,10 +113,10 @@ def _columns(run: Run) -> list[Column]:
         *(_origin(key) for key in ("adapters", "memories", "readout")),
         *([("calibrated", lambda row: "yes" if row.get("calibrated") else "\N{EN DASH}")] if calibrated else []),
         ("RMSE", _bold_lowest(run, "rmse")),
-        ("interval", lambda row: _interval(row["rmse_ci"])),
+        ("RMSE interval", lambda row: _interval(row["rmse_ci"])),
         *_published(run, "rmse", "RMSE"),
         ("MAE", _bold_lowest(run, "mae")),
-        ("interval", lambda row: _interval(row["mae_ci"])),
+        ("MAE interval", lambda row: _interval(row["mae_ci"])),
         *_published(run, "mae", "MAE"),
         *([("no rating", lambda row: percent(row["urr"], 1))] if _some_unanswered(run) else []),
         *_published(run, "urr", "no rating"),
@@ -115,15 +134,18 @@ def _published(run: Run, key: str, name: str) -> list[Column]:
         value = (row.get("published") or {}).get(key)
         return percent(value, 1) if key == "urr" else number(value)
 
-    return [(f"paper’s {name}", written)] if any(row.get("published") for row in run.agents) else []
+    return [(f"paper’s {name}", written)] if _some_published(run) else []
 
 
 def _bold_lowest(run: Run, key: str) -> Callable[[Row], Child]:
     values = [row[key] for row in [*run.agents, *run.baselines] if row[key] is not None]
-    lowest = min(values, default=None)
+    is_of_same_rows = key.endswith("_filled") or not run.has_gaps
+    lowest = min(values, default=None) if is_of_same_rows else None
+    compared = {id(row) for row in [*run.agents, *run.baselines]}
 
     def cell(row: Row) -> Child:
-        return tag("b", number(row[key])) if row[key] == lowest and lowest is not None else number(row[key])
+        is_lowest = lowest is not None and row[key] == lowest and id(row) in compared
+        return tag("b", number(row[key])) if is_lowest else number(row[key])
 
     return cell
 
@@ -136,22 +158,29 @@ def _interval(ends: list[float | None]) -> str:
 def _notes(run: Run) -> list[str]:
     settings = run.settings
     made_with = [
-        f"{key.replace('_', ' ')}: {settings[key]}{_leak(settings[key])}" for key in ("historical_average", "traits")
+        f"{key.replace('_', ' ')}: {settings[key]}{leak(settings[key])}" for key in ("historical_average", "traits")
     ]
     unanswered = (
         " RMSE and MAE are over rows with an answer; “no rating” is the share of rows without one (the paper’s URR); "
         "filled: all rows, with the user’s train mean where there is none."
     )
+    paper = ["The paper’s figures are of its own test rows and models."] if _some_published(run) else []
     return [
         f"Intervals: {run.confidence}, over {settings['n_resamples']:,} resamples of users, not widened for the number "
         "of comparisons.",
         f"Macro RMSE is the mean of the users’ RMSEs.{unanswered if _some_unanswered(run) else ''}",
         f"What prompts show was made with {', '.join(made_with)}.",
+        *paper,
     ]
 
 
-def _leak(setting: str) -> str:
+def leak(setting: str) -> str:
+    """What to add to a setting that shows agents something of the test rows."""
     return " (leaky, the paper’s way)" if setting == "all" else ""
+
+
+def _some_published(run: Run) -> bool:
+    return any(row.get("published") for row in run.agents)
 
 
 def _some_unanswered(run: Run) -> bool:
@@ -190,22 +219,25 @@ def _hybrids(run: Run) -> Figure | Absent:
     return _differences(run, at, title, says, pairs)
 
 
+_PRINTED = {"rmse": ("RMSE", 3), "mae": ("MAE", 3), "js": ("JS, all ratings", 4)}  # with decimals
+
+
 def _differences(run: Run, at: str, title: str, says: str, pairs: Mapping[str, Pair | None]) -> Figure | Absent:
     known = {name: pair for name, pair in pairs.items() if pair is not None and pair["difference"] is not None}
     if not known:
         return Absent(at, title, "nothing was compared")
     names = sorted(known, key=lambda name: float(known[name]["difference"]))
     panels = []
-    for metric in ("rmse", "mae", "js"):
+    for metric in _PRINTED:
         found = {name: known[name] if metric == "rmse" else known[name].get(metric) for name in names}
         rows = [_difference(name, ends) for name, ends in found.items() if ends and ends["difference"] is not None]
         if rows:
-            panels.append((_NAMES.get(metric, "JS, all ratings"), draw_whiskers(rows, "difference", zero=True)))
-    says += f" {run.confidence} intervals; circle: better, square: worse, diamond: the interval holds 0."
+            name, digits = _PRINTED[metric]
+            panels.append((name, draw_whiskers(rows, "difference", zero=True, digits=digits)))
+    says += f" {run.confidence} intervals; triangle on its tip: better, cross: worse, tick: the interval holds 0."
     told = "; ".join(f"{name} {number(known[name]['difference'], sign=True)}, {verdict(known[name])}" for name in names)
     return Figure(at, title, says, write_panels(panels), told=f"Differences in RMSE: {told}", size=WIDE)
 
 
 def _difference(name: str, ends: Mapping[str, Any]) -> Whisker:
-    shape = {"better": CIRCLE, "worse": SQUARE}.get(verdict(ends), DIAMOND)
-    return Whisker(name, ends["difference"], ends["low"], ends["high"], shape)
+    return Whisker(name, ends["difference"], ends["low"], ends["high"], VERDICT_SHAPES[verdict(ends)])

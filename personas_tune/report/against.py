@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from personas_tune.evaluation.intervals import Resampling, paired_difference
-from personas_tune.report.accuracy import verdict
-from personas_tune.report.faithful import distribution_panel, shares_of_best
+from personas_tune.report.accuracy import leak, verdict
+from personas_tune.report.faithful import distribution_panel, shares_in_words, shares_of_best
 from personas_tune.report.faithful_table import value_at
 from personas_tune.report.figure import HALF, WIDE, Absent, Figure, write_notes, write_panels, write_table
 from personas_tune.report.headline import outcome
@@ -81,6 +81,25 @@ def _header(run: Run, other: Run) -> Markup:
 
 
 def _sentence(run: Run, other: Run) -> str:
+    return f"{_compared_in_words(run, other)}{_leaks(run, other)}"
+
+
+def _leaks(run: Run, other: Run) -> str:
+    """What prompts of one run know that those of the other don't."""
+    said = [
+        f"{key.replace('_', ' ')} is {_setting(run, key)}, but {_setting(other, key)}"
+        for key in ("historical_average", "traits")
+        if run.settings[key] != other.settings[key]
+    ]
+    return f" What prompts show differs, so that the errors aren’t on equal terms: {'; '.join(said)}." if said else ""
+
+
+def _setting(run: Run, key: str) -> str:
+    value = run.settings[key]
+    return f"{value}{leak(value)} in {run.name}"
+
+
+def _compared_in_words(run: Run, other: Run) -> str:
     best, theirs = run.best_agent, other.best_agent
     if best is None or theirs is None:
         return "One of the runs has no agent."
@@ -148,7 +167,10 @@ def _table(run: Run, other: Run) -> Figure:
         for path in columns.values():
             cells += _compared(value_at(mine or {}, path), value_at(theirs or {}, path))
         rows.append(cells)
-    notes = [f"Differences are {run.name} minus {other.name}, matched by the predictors’ names."]
+    notes = [
+        f"Differences are {run.name} minus {other.name}, matched by the predictors’ names. They have no intervals; "
+        "only the difference between the best agents, at the top, has one."
+    ]
     says = "Every predictor of either run; a dash where one of them has none of that name."
     return Figure("table", "Row by row", says, join([write_table(header, rows), write_notes(notes)]), size=WIDE)
 
@@ -165,7 +187,8 @@ def _distributions(run: Run, other: Run) -> Figure | Absent:
         return Absent("distribution", title, "neither eval/metrics.json has it; run persona_eval again")
     panels = [(f"{each.name}: {title_of(row)}", distribution_panel(row)) for each, row in shown]
     says = "Share of each rating for the best agent of each run: outlined bars are true, full bars simulated."
-    return Figure("distribution", title, says, write_panels(panels), told=says, size=WIDE)
+    told = " ".join(f"{each.name}, {shares_in_words(row)}" for each, row in shown)
+    return Figure("distribution", title, says, write_panels(panels), told=f"Shares of each rating. {told}", size=WIDE)
 
 
 def _settings(run: Run, other: Run) -> Figure:

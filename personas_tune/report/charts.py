@@ -115,6 +115,7 @@ def draw_lines(
     *,
     dots: bool = True,
     x_ticks: Ticks | None = None,
+    whiskers: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
 ) -> Markup:
     """A line a series, named at its end.
 
@@ -125,14 +126,21 @@ def draw_lines(
         y_title: Of the axis.
         dots: Whether points have markers.
         x_ticks: Values with their texts; round numbers for None.
+        whiskers: By name, x with the lower and upper end of an interval.
     """
     frame = Frame(frame.x, frame.y, right=max(12.0, room_for(list(series))))
     marks = []
-    for at, points in enumerate(series.values()):
+    for at, (name, points) in enumerate(series.items()):
+        marks += [_draw_whisker(frame, at, *ends) for ends in (whiskers or {}).get(name, ())]
         marks.append(draw_line(frame, points, at))
         marks += [draw_marker(*frame.at(*point), at, 3.2) for point in (points if dots else points[-1:])]
     ends = [(*points[-1], name, at) for at, (name, points) in enumerate(series.items())]
     return draw(frame, draw_axes(frame, x_title, y_title, x_ticks), *marks, draw_names(frame, ends))
+
+
+def _draw_whisker(frame: Frame, series: int, x: float, low: float, high: float) -> Markup:
+    (place, bottom), (_, top) = frame.at(x, low), frame.at(x, high)
+    return tag("line", x1=place, x2=place, y1=bottom, y2=top, class_=f"whisker c{series % N_COLOURS}")
 
 
 def draw_curve(

@@ -36,7 +36,7 @@ def _distribution(run: Run) -> Figure | Absent:
         title,
         f"Share of each rating: outlined bars are true, full bars simulated; {_SHOWN}. {_variance(shown)}",
         write_panels(panels),
-        told="Shares of each rating. " + " ".join(_told(title_of(row), row["distribution"]) for row in shown),
+        told="Shares of each rating. " + " ".join(map(shares_in_words, shown)),
         size=BROAD,
     )
 
@@ -64,11 +64,15 @@ def _variance(rows: list[Row]) -> str:
     return f"Variance, in percent of the true ratings’: {', '.join(told)}." if told else ""
 
 
-def _told(name: str, distribution: Any) -> str:
+def shares_in_words(row: Row) -> str:
+    """True and simulated shares of one predictor, for readers who can't see them."""
+    distribution = row["distribution"]
     overall = distribution["overall"]
     shares = zip(distribution["labels"], overall["true"], overall["simulated"], strict=True)
     return (
-        f"{name}: " + ", ".join(f"{label:g} true {percent(t)} simulated {percent(s)}" for label, t, s in shares) + "."
+        f"{title_of(row)}: "
+        + ", ".join(f"{label:g} true {percent(t)} simulated {percent(s)}" for label, t, s in shares)
+        + "."
     )
 
 
@@ -113,7 +117,7 @@ def _confusion(run: Run) -> Figure | Absent:
     return Figure(
         "confusion",
         title,
-        "Of the rows with a true rating, the percentage predicted as each label (the nearest to the prediction); rows "
+        "For each true rating, the percentage predicted as each label (the nearest to the prediction); rows "
         f"of the matrix add up to 100. Framed cells are right. {_SHOWN.capitalize()}.",
         write_panels([(title_of(row), _matrix(run, row["confusion"])) for row in shown]),
         told="Confusion matrices; rows predicted right: "

@@ -59,12 +59,17 @@ def faithful_table(run: Run) -> Figure | Absent:
         return Absent("faithfulness", "Faithfulness", "eval/metrics.json doesn’t have it; run persona_eval again")
     header = ["predictor", *(f"{column.name}\N{NO-BREAK SPACE}{_ARROWS[column.best]}" for column in columns)]
     best = [_best_of(column, [*run.agents, *run.baselines]) for column in columns]
-    cells = [[title_of(row), *map(_cell, [row] * len(columns), columns, best)] for row in rows]
+    no_best = [None] * len(columns)  # of the floor
+    compared = len(run.agents) + len(run.baselines)
+    cells = [
+        [title_of(row), *map(_cell, [row] * len(columns), columns, best if at < compared else no_best)]
+        for at, row in enumerate(rows)
+    ]
     return Figure(
         "faithfulness",
         "Faithfulness",
         "A simulator that gives everyone the average can have a low error; these figures show what it lacks. Arrows "
-        "say which way is better; the best of a column is bold.",
+        "say which way is better; the best of agents and baselines in a column is bold.",
         join([write_table(header, cells), write_notes(_notes(baseline))]),
         size=WIDE,
     )
@@ -100,7 +105,8 @@ def _notes(baseline: Row | None) -> list[str]:
         "Accuracy, within 1 and kappa (quadratic weights) are of the label nearest the prediction. Pairs in order: of "
         "two ratings of one user that differ, how often the higher one is predicted higher; ties count half.",
         "JS (Jensen\N{EN DASH}Shannon), Wasserstein and the variance ratio compare simulated ratings with true ones. "
-        "An agent with the readout expected simulates by drawing from its distribution, every other predictor by "
-        "the label nearest its prediction. JS of points takes the latter for all.",
-        f"NLL, ranked probability score (RPS) and calibration error (ECE) are of an agent’s distribution.{skill}",
+        "An agent with the readout expected simulates by drawing from its distribution, a baseline from a normal "
+        "distribution round its prediction, as wide as its errors on held-out train rows, every other predictor by the "
+        "label nearest its prediction. JS of points takes the latter for all.",
+        f"NLL, ranked probability score (RPS) and calibration error (ECE) are of these distributions.{skill}",
     ]

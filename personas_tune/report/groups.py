@@ -10,6 +10,8 @@ from personas_tune.report.plots import padded
 from personas_tune.report.run import Run
 
 _N_WORDS = 12
+_N_MARKERS = 16  # different ones
+_FLOOR = 0.05  # shades are of deviations of so large a share of the error, or larger ones
 _N_WITH_ROOM = 6  # so many columns of a matrix can have three decimals
 _OLD = "{} doesn’t have it; run persona_cluster again"
 _NO_STAGE = "there is no personas/ folder"
@@ -30,11 +32,12 @@ def _map(run: Run) -> Figure | Absent:
     for row in sorted(run.personas.to_pylist(), key=lambda row: (row["persona"], row["user_id"])):
         groups.setdefault(str(row["persona"]), []).append((row["x"], row["y"]))
     sizes = sorted(map(len, groups.values()))
+    repeated = f" Markers repeat after {_N_MARKERS} personas." if len(groups) > _N_MARKERS else ""
     return Figure(
         "map",
         title,
         f"Profiles in two dimensions (PCA of their embeddings): users who lie close have similar ones. Each persona "
-        f"has a marker, and its number stands at its middle; they have {sizes[0]} to {sizes[-1]} users.",
+        f"has a marker, and its number stands at its middle; they have {sizes[0]} to {sizes[-1]} users.{repeated}",
         draw_map(groups),
         told="Map of users by persona; "
         + ", ".join(f"persona {name}: {count(len(points), 'user')}" for name, points in groups.items()),
@@ -139,8 +142,9 @@ def _own_versus_other(run: Run) -> list[Figure | Absent]:
         Figure(
             "own-versus-other",
             title,
-            "RMSE of every adapter (row) on every persona’s users (column). A fuller shade "
-            f"is a lower error within the column; the persona’s own adapter is framed. {told}.",
+            "RMSE of every adapter (row) on every persona’s users (column). A fuller shade is a lower error than the "
+            "column’s highest, on one scale for all columns; the persona’s own adapter is framed. If adapters were "
+            f"alike, the own one would come out lowest for about 1 of K personas. {told}.",
             write_panels(panels),
             told=f"RMSE of adapters on personas. {told}",
         )
@@ -149,7 +153,7 @@ def _own_versus_other(run: Run) -> list[Figure | Absent]:
 
 def _adapters(matrix: Mapping[str, Any]) -> Any:
     columns = list(zip(*matrix["rmse"], strict=True))
-    shades = [[_goodness(value, columns[at]) for at, value in enumerate(row)] for row in matrix["rmse"]]
+    shades = shades_of(matrix["rmse"])
     has_room = len(columns) <= _N_WITH_ROOM
     personas = [
         f"{name}\nn={n:,}" if has_room else str(name) for name, n in zip(matrix["personas"], matrix["n"], strict=True)
@@ -158,11 +162,21 @@ def _adapters(matrix: Mapping[str, Any]) -> Any:
     return draw_matrix(shades, texts, matrix["adapters"], personas, ("adapter", "persona"), _own_cells(matrix))
 
 
-def _goodness(value: float | None, column: Sequence[float | None]) -> float | None:
-    known = [each for each in column if each is not None]
-    if value is None or max(known) == min(known):
-        return None if value is None else 0.3
-    return 0.75 * (max(known) - value) / (max(known) - min(known))
+def shades_of(errors: Sequence[Sequence[float | None]]) -> list[list[float | None]]:
+    """How dark cells are, 0 to 0.75: how far each lies below its column's highest, on one scale for all columns.
+
+    Args:
+        errors: Rows of cells; None for empty ones, which have no shade.
+    """
+    highest = [
+        max((value for value in column if value is not None), default=0.0) for column in zip(*errors, strict=True)
+    ]
+    below = [
+        [None if value is None else (top - value) / (top or 1.0) for value, top in zip(row, highest, strict=True)]
+        for row in errors
+    ]
+    scale = max([_FLOOR, *(each for row in below for each in row if each is not None)])
+    return [[None if each is None else 0.75 * each / scale for each in row] for row in below]
 
 
 def _own_cells(matrix: Mapping[str, Any]) -> list[tuple[int, int]]:

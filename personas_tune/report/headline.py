@@ -48,7 +48,14 @@ def sentence(run: Run) -> str:
     side = {"better": "lies below 0", "worse": "lies above 0", "not told apart": "holds 0"}[verdict(pair)]
     ends = f"{number(pair['low'], sign=True)} to {number(pair['high'], sign=True)}"
     interval = f"the {run.confidence} interval of the difference, {ends}, {side}"
-    return f"{errors}; {interval}.{_spread(agent, baseline)}"
+    return f"{errors}; {interval}.{_picked(run)}{_spread(agent, baseline)}"
+
+
+def _picked(run: Run) -> str:
+    n = len(run.agents)
+    if n < 2:
+        return ""
+    return f" The agent is the best of {n}, picked on these very test rows; the interval isn’t widened for that."
 
 
 def _spread(agent: Row, baseline: Row) -> str:
@@ -58,7 +65,13 @@ def _spread(agent: Row, baseline: Row) -> str:
     simulated = (
         "Ratings drawn from the agent’s distribution" if agent["readout"] == "expected" else "The agent’s answers"
     )
-    return f" {simulated} have {percent(mine)} of the true variance, the baseline’s predictions {percent(theirs)}."
+    others = "ratings drawn for the baseline" if baseline.get("residual_sd") else "the baseline’s answers"
+    return f" {simulated} have {percent(mine)} of the true variance, {others} {percent(theirs)}."
+
+
+def _measured(run: Run) -> str:
+    hybrids = [count(len(run.hybrids), "hybrid")] if run.hybrids else []
+    return ", ".join([count(len(run.agents), "agent"), count(len(run.plain_baselines), "baseline"), *hybrids])
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
@@ -71,6 +84,6 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("to predict", count(settings["n_rows"], "rating")),
         ("rating scale", f"{scale}, {count(len(run.labels), 'label')}"),
         *personas,
-        ("measured", f"{count(len(run.agents), 'agent')}, {count(len(run.baselines) - len(run.hybrids), 'baseline')}"),
+        ("measured", _measured(run)),
         ("seed", str(settings["seed"])),
     ]

@@ -29,7 +29,10 @@ def _losses(run: Run) -> Figure | Absent:
     if not run.losses:
         return Absent("loss", title, "no adapter set has a losses.parquet; it is written when the set is trained")
     curves = {name: loss_curves(table) for name, table in run.losses.items()}
-    curves |= {f"{name}, validation": of for name, table in run.losses.items() if (of := validation_curves(table))}
+    curves |= {f"{name}, validation": validation_curves(table) for name, table in run.losses.items()}
+    curves = {name: of for name, of in curves.items() if of}
+    if not curves:
+        return Absent("loss", title, "losses.parquet holds no finite loss")
     heights = [value for of_set in curves.values() for points in of_set.values() for _, value in points]
     panels = [(name, _loss_panel(of_set, padded(heights))) for name, of_set in curves.items()]
     last = "; ".join(
@@ -39,11 +42,19 @@ def _losses(run: Run) -> Figure | Absent:
     return Figure(
         "loss",
         title,
-        f"Loss of each adapter over its own steps: means of {_N_POINTS} equal stretches, all panels on one scale.",
+        f"Loss of each adapter over its own steps, all panels on one scale.{_stretches(run)}",
         write_panels(panels),
         told=f"Training loss; at the end: {last}",
         size=WIDE,
     )
+
+
+def _stretches(run: Run) -> str:
+    n_steps = [len(rows) for table in run.losses.values() for _, rows in _by_adapter(table, "loss")]
+    if max(n_steps, default=0) <= _N_POINTS:
+        return ""
+    which = "Training losses" if min(n_steps) > _N_POINTS else f"Training losses of more than {_N_POINTS} steps"
+    return f" {which} are means of {_N_POINTS} equal stretches."
 
 
 def _loss_panel(curves: Mapping[str, Points], height: tuple[float, float]) -> Markup:
@@ -99,7 +110,8 @@ def _by_share(run: Run) -> Figure | Absent:
     return Figure(
         "train-size",
         title,
-        "Agents trained on growing shares of the train rows: where a curve still falls on the right, more would help.",
+        "Agents trained on growing shares of the train rows: where a curve still falls on the right, more may help. "
+        f"Whiskers: {run.confidence} intervals over users.",
         write_panels(panels),
         told=f"RMSE by share of train rows. {told}",
         size=WIDE,
@@ -108,10 +120,14 @@ def _by_share(run: Run) -> Figure | Absent:
 
 def _share_panel(curves: Mapping[str, list[tuple[float, Row]]], metric: str) -> Markup:
     series = {name: [(share, float(row[metric])) for share, row in rows] for name, rows in curves.items()}
+    ends = {name: [(share, *row[f"{metric}_ci"]) for share, row in rows] for name, rows in curves.items()}
+    whiskers = {name: [each for each in of if None not in each] for name, of in ends.items()}
     heights = [value for points in series.values() for _, value in points]
+    heights += [end for of in whiskers.values() for _, *both in of for end in both]
     shares = sorted({share for points in series.values() for share, _ in points})
     ticks = [(share, percent(share)) for share in shares]
-    return draw_lines(Frame((0, 1), padded(heights, 0.12)), series, "share of train rows", "", x_ticks=ticks)
+    frame = Frame((0, 1), padded(heights, 0.12))
+    return draw_lines(frame, series, "share of train rows", "", x_ticks=ticks, whiskers=whiskers)
 
 
 def share_curves(run: Run) -> dict[str, list[tuple[float, Row]]]:

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable
 from html import escape
-from unicodedata import category
+from unicodedata import bidirectional, category
+
+_TURNING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}  # change the order of what follows
 
 
 class Markup(str):
@@ -28,7 +30,7 @@ def tag(name: str, *children: Child, **attributes: object) -> Markup:
         '<p class="note">a &lt; b<b>!</b></p>'
     """
     written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(_attribute(value))}"'
+        f' {key.rstrip("_").replace("_", "-")}="{_clean(_attribute(value))}"'
         for key, value in attributes.items()
         if value is not None
     )
@@ -41,14 +43,18 @@ def join(children: Iterable[Child]) -> Markup:
 
 
 def clean(text: str) -> Markup:
-    """Escaped text without control characters; markup stays as it is."""
-    if isinstance(text, Markup):
-        return text
+    """Escaped text without control characters, halves of letters and marks that turn text; markup stays as it is."""
+    return text if isinstance(text, Markup) else _clean(text)
+
+
+def _clean(text: str) -> Markup:
     return Markup(escape("".join(letter for letter in text if _is_readable(letter))))
 
 
 def _is_readable(letter: str) -> bool:
-    return letter.isprintable() or letter in "\n\t" or category(letter) == "Zs"
+    if letter.isprintable() or letter in "\n\t":
+        return True
+    return category(letter) not in ("Cc", "Cs") and bidirectional(letter) not in _TURNING
 
 
 def number(value: float | None, digits: int = 3, *, sign: bool = False) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from personas_tune.errors import DataError
-from personas_tune.workspace import MANIFEST, Workspace, prompt_inputs, read_json, read_table
+from personas_tune.report.shapes import CLUSTERING, EVAL_MANIFEST, METRICS, PROMPT, damaged, read_shaped
+from personas_tune.report.shapes import MANIFEST as ANY_MANIFEST
+from personas_tune.workspace import COLUMNS, MANIFEST, Workspace, prompt_inputs, read_table
 
 Row = Mapping[str, Any]  # of metrics.json: an agent, a baseline or the oracle
 Pair = Mapping[str, Any]  # a paired difference
@@ -55,6 +56,17 @@ class Run:
         return {pair["a"]: pair["b"] for pair in self.metrics["paired"] if pair["a"] in baselines}
 
     @property
+    def plain_baselines(self) -> list[Row]:
+        """The baselines that aren't there for the sake of a regression that uses an agent."""
+        hybrids = {*self.hybrids, *self.hybrids.values()}
+        return [row for row in self.baselines if row["name"] not in hybrids]
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether some predictor left rows unanswered, so that only the filled errors are of the same rows."""
+        return any(row["n_parsed"] < row["n"] for row in self.predictors)
+
+    @property
     def predictors(self) -> list[Row]:
         """Agents, baselines and, of a world, the floor."""
         oracle = self.metrics.get("oracle")
@@ -80,7 +92,7 @@ class Run:
         """The best of the baselines that agents are compared with."""
         agents = {row["name"] for row in self.agents}
         compared = {pair["b"] for pair in self.metrics["paired"] if pair["a"] in agents}
-        return _best([row for row in self.baselines if row["name"] in compared] or self.baselines)
+        return _best([row for row in self.baselines if row["name"] in compared] or self.plain_baselines)
 
     @property
     def evaluation(self) -> Mapping[str, Any]:
@@ -95,22 +107,49 @@ def read_run(workspace: Workspace) -> Run:
         MissingInputError: If it isn't evaluated yet.
         DataError: If a file is damaged.
     """
-    metrics = read_json(workspace.metrics)
-    missing = [key for key in ("agents", "baselines", "paired", "settings") if key not in metrics]
-    if missing:
-        raise DataError(f"no {missing[0]!r} in it", where=str(workspace.metrics), remedy="run persona_eval again")
-    manifests = {path.parent.relative_to(workspace.root).as_posix(): read_json(path) for path in _manifests(workspace)}
+    metrics = read_metrics(workspace)
+    labels = tuple(read_shaped(workspace.prompt_settings, PROMPT)["labels"])
+    if (wrong := _uneven(metrics, len(labels))) is not None:
+        raise damaged(workspace.metrics, wrong)
+    manifests = {path.parent.relative_to(workspace.root).as_posix(): _manifest(path) for path in _manifests(workspace)}
     losses = {path.parent.name: read_table(path, ("adapter", "step", "loss", "n_rows")) for path in _losses(workspace)}
     return Run(
         name=workspace.root.name,
         workspace=workspace,
         metrics=metrics,
-        labels=tuple(read_json(workspace.prompt_settings)["labels"]),
-        clustering=read_json(workspace.clustering) if workspace.clustering.is_file() else None,
-        personas=read_table(workspace.personas) if workspace.personas.is_file() else None,
+        labels=labels,
+        clustering=read_shaped(workspace.clustering, CLUSTERING) if workspace.clustering.is_file() else None,
+        personas=read_table(workspace.personas, COLUMNS["personas"]) if workspace.personas.is_file() else None,
         losses=losses,
         manifests=manifests,
     )
+
+
+def read_metrics(workspace: Workspace) -> Mapping[str, Any]:
+    """``eval/metrics.json``, of the shape that the report needs; raises as :func:`read_run` does."""
+    return dict(read_shaped(workspace.metrics, METRICS))
+
+
+def _manifest(path: Path) -> Mapping[str, Any]:
+    return dict(read_shaped(path, EVAL_MANIFEST if path.parent.name == "eval" else ANY_MANIFEST))
+
+
+def _uneven(metrics: Mapping[str, Any], n_labels: int) -> str | None:
+    """The first thing in it that hasn't as many entries as it is drawn with."""
+    for row in [*metrics["agents"], *metrics["baselines"]]:
+        confusion = row.get("confusion")
+        if confusion is not None and [len(counts) for counts in confusion] != [n_labels] * n_labels:
+            return f"the confusion of {row['name']} is not {n_labels} x {n_labels}, as samples/prompt.json has labels"
+        distribution = row.get("distribution") or {"labels": [], "overall": {}}
+        groups = [distribution["overall"], *distribution.get("per_persona", {}).values()]
+        shares = [each[side] for each in groups if each for side in ("true", "simulated") if each[side] is not None]
+        if any(len(each) != len(distribution["labels"]) for each in shares):
+            return f"the distribution of {row['name']} has not a share for each label"
+    for agent, matrix in (metrics.get("own_versus_other") or {}).items():
+        n_personas = len(matrix["personas"])
+        if [len(matrix["n"]), *map(len, matrix["rmse"])] != [n_personas] * (1 + len(matrix["adapters"])):
+            return f"own_versus_other.{agent} has not a figure for each adapter and persona"
+    return None
 
 
 def files_of(workspace: Workspace) -> list[Path]:

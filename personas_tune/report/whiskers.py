@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from personas_tune.report.markup import Markup, number, tag
 from personas_tune.report.plots import Span, draw_marker, padded, share_of, tick_texts, ticks_in
 
-CIRCLE, SQUARE, TRIANGLE, DIAMOND, DOWN, CROSS = range(6)
+CIRCLE, SQUARE, TRIANGLE, DIAMOND, DOWN, CROSS, PLUS = range(7)
 _HEIGHT = 26
 
 
@@ -36,29 +36,30 @@ class Whisker:
     strong: bool = False
 
 
-def draw_whiskers(rows: Sequence[Whisker], title: str, *, zero: bool = False) -> Markup:
+def draw_whiskers(rows: Sequence[Whisker], title: str, *, zero: bool = False, digits: int = 3) -> Markup:
     """Rows over one axis.
 
     Args:
         rows: From the top down.
         title: Of the axis.
         zero: Whether values are differences: signed, with a line at 0.
+        digits: Decimals of the printed figures.
     """
     values = [each for row in rows for each in (row.value, row.low, row.high, row.published) if each is not None]
     span = padded([*values, 0.0] if zero else values)
     ticks = ticks_in(span, 4)
-    drawn = [_row(row, span, ticks, zero) for row in rows]
+    drawn = [_row(row, span, ticks, zero, digits) for row in rows]
     return tag("div", *drawn, _axis(span, ticks, title), class_="whiskers")
 
 
-def _row(row: Whisker, span: Span, ticks: Sequence[float], zero: bool) -> Markup:
+def _row(row: Whisker, span: Span, ticks: Sequence[float], zero: bool, digits: int) -> Markup:
     lines = [tag("line", x1=_at(tick, span), x2=_at(tick, span), y1=0, y2="100%", class_="grid") for tick in ticks]
     if zero:
         lines.append(tag("line", x1=_at(0.0, span), x2=_at(0.0, span), y1=0, y2="100%", class_="zero"))
     marks = [_whisker(row, span), _place(row.value, span, row.shape, 4.5)]
     if row.published is not None:
         marks.append(_place(row.published, span, CROSS, 4))
-    figures = [number(row.value, sign=zero), _interval(row, zero)]
+    figures = [number(row.value, digits, sign=zero), _interval(row, zero, digits)]
     return tag(
         "div",
         tag("span", *_breakable(row.name), class_="of strong" if row.strong else "of"),
@@ -85,10 +86,10 @@ def _place(value: float, span: Span, shape: int, size: float) -> Markup:
     return tag("svg", draw_marker(0, 0, shape, size), x=_at(value, span), y=_HEIGHT / 2, overflow="visible")
 
 
-def _interval(row: Whisker, zero: bool) -> Markup | None:
+def _interval(row: Whisker, zero: bool, digits: int) -> Markup | None:
     if row.low is None or row.high is None:
         return None
-    return tag("small", f" {number(row.low, sign=zero)} to {number(row.high, sign=zero)}")
+    return tag("small", f" {number(row.low, digits, sign=zero)} to {number(row.high, digits, sign=zero)}")
 
 
 def _axis(span: Span, ticks: Sequence[float], title: str) -> Markup:

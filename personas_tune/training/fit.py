@@ -92,7 +92,6 @@ class AdapterJob:
         lr_scheduler: Advanced after each step; None for a constant rate.
         validation_rows: Rows whose loss is measured after each epoch.
         steps_done: Optimizer steps taken so far; with the seed it says which rows come next.
-        validation_losses: One per epoch that is done.
         history: Figures of every step taken so far.
     """
 
@@ -103,9 +102,13 @@ class AdapterJob:
     lr_scheduler: Any | None = None
     validation_rows: Sequence[TokenRow] = ()
     steps_done: int = 0
-    validation_losses: list[float] = field(default_factory=list)
     history: list[StepFigures] = field(default_factory=list)
     _order: tuple[int, list[int]] | None = field(default=None, repr=False)
+
+    @property
+    def validation_losses(self) -> list[float]:
+        """One per epoch that is done; none without validation rows."""
+        return [step.validation_loss for step in self.history if step.validation_loss is not None]
 
     def next_rows(self, settings: TrainingSettings) -> tuple[int, list[int]]:
         """The epoch of the next step, and the indices of its rows."""
@@ -220,7 +223,6 @@ def train_steps(
         report = _train_step(model, bank, job, loss_fn, settings, pad_id, team)
         if job.validation_rows and job.ends_epoch(settings):
             loss = validation_loss(model, bank, job, loss_fn, settings.batch_size, pad_id, team)
-            job.validation_losses.append(loss)
             report = replace(report, validation_loss=loss)
         job.history.append(report.figures)
         yield report

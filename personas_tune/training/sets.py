@@ -33,8 +33,12 @@ def plan_adapter_set(
     seed: int,
     rows_from: str = "own",
     share: float = 1,
+    where: str = "adapter_sets",
 ) -> tuple[list[AdapterPlan], dict[str, str]]:
     """The adapters of a set with their rows, and the adapter of every user.
+
+    Validation rows are taken from all train rows, whatever the set; ``rows``, ``share`` and ``rows_from`` count and
+    draw from the rows that are left, so no adapter is trained on a validation row of any user.
 
     Args:
         samples: The train samples.
@@ -42,11 +46,13 @@ def plan_adapter_set(
         rows: Of a set for all users, how many rows, drawn evenly from every user; ``largest_persona``
             and ``smallest_persona`` stand for that persona's number of rows; None for all rows.
         shuffle_personas: See :func:`assign_users_to_adapters`.
-        validation_share: Share of each user's rows, the latest, that is held out; None for none.
+        validation_share: Share of each user's train rows, the latest, that is held out; an adapter is validated on
+            those of its users. None for none.
         seed: The experiment's seed.
         rows_from: Of a set with an adapter per persona, whose rows each is trained on: its ``own`` users', or as
             many drawn evenly from ``all`` users (a control: grouping is all that differs).
         share: Of each user's rows, how many the set is trained on (see :func:`share_of_each_user`).
+        where: What messages name.
 
     Raises:
         ConfigError: If there are fewer rows than asked for, or an adapter gets none.
@@ -55,18 +61,21 @@ def plan_adapter_set(
     if not samples:
         raise DataError("no row to train on", where="samples/train.parquet", remedy="raise data.split.train_fraction")
     assignment = assign_users_to_adapters(samples, per=per, shuffle_personas=shuffle_personas, seed=seed)
-    n_rows = number_of_rows(samples, rows)
-    kept = share_of_each_user(samples, share, seed)
-    if n_rows < len(samples):
-        kept = subsample_per_user(samples, n_rows, seed)
-    by_adapter = rows_per_adapter(samples, kept, assignment)
-    _require_rows(by_adapter, assignment, share)
+    left, held_out = latest_share(samples, range(len(samples)), validation_share or 0.0)
+    to_train = [samples[index] for index in left]
+    n_rows = number_of_rows(to_train, rows, where=where)
+    kept = share_of_each_user(to_train, share, seed)
+    if n_rows < len(to_train):
+        kept = subsample_per_user(to_train, n_rows, seed)
+    by_adapter = rows_per_adapter(to_train, kept, assignment)
+    _require_rows(by_adapter, assignment, share, where)
     if rows_from == "all":
-        by_adapter = {name: as_many_of_all(samples, kept, len(mine), name, seed) for name, mine in by_adapter.items()}
-    plans = []
-    for adapter, mine in by_adapter.items():
-        train, held_out = latest_share(samples, mine, validation_share or 0.0)
-        plans.append(AdapterPlan(adapter, train, held_out))
+        by_adapter = {name: as_many_of_all(to_train, kept, len(mine), name, seed) for name, mine in by_adapter.items()}
+    validation = rows_per_adapter(samples, held_out, assignment)
+    plans = [
+        AdapterPlan(adapter, [left[place] for place in mine], validation.get(adapter, []))
+        for adapter, mine in by_adapter.items()
+    ]
     return plans, assignment
 
 
@@ -105,11 +114,11 @@ def rows_per_adapter(
     return dict(sorted(rows.items(), key=lambda entry: (-len(entry[1]), entry[0])))
 
 
-def number_of_rows(samples: Sequence[Sample], rows: int | str | None) -> int:
+def number_of_rows(samples: Sequence[Sample], rows: int | str | None, where: str = "adapter_sets") -> int:
     """How many rows a set's ``rows`` setting stands for.
 
     Raises:
-        ConfigError: If there are fewer.
+        ConfigError: If there are fewer; it names ``where``.
     """
     sizes: dict[int, int] = {}
     for sample in samples:
@@ -124,7 +133,7 @@ def number_of_rows(samples: Sequence[Sample], rows: int | str | None) -> int:
     if n_rows > len(samples):
         raise ConfigError(
             f"{n_rows} rows asked for, {len(samples)} train rows there",
-            where="adapter_sets",
+            where=where,
             remedy="lower rows or leave it out",
         )
     return n_rows
@@ -193,13 +202,15 @@ def _places_within_users(samples: Sequence[Sample], rows: Sequence[int], seed: i
     return places
 
 
-def _require_rows(by_adapter: Mapping[str, Sequence[int]], assignment: Mapping[str, str], share: float) -> None:
+def _require_rows(
+    by_adapter: Mapping[str, Sequence[int]], assignment: Mapping[str, str], share: float, where: str
+) -> None:
     without = sorted(set(assignment.values()) - by_adapter.keys())
     if without:
         n_users = Counter(assignment.values())[without[0]]
         raise ConfigError(
             f"adapter {without[0]} of {n_users} user(s) gets no row at share {share:g}",
-            where="adapter_sets",
+            where=where,
             remedy="raise share or lower personas.k",
         )
 

@@ -28,7 +28,6 @@ def job_state(bank: AdapterBank, job: AdapterJob) -> dict[str, Any]:
         "optimizer": job.optimizer.state_dict(),
         "lr_scheduler": None if job.lr_scheduler is None else job.lr_scheduler.state_dict(),
         "steps_done": job.steps_done,
-        "validation_losses": job.validation_losses,
         "history": [list(astuple(figures)) for figures in job.history],
     }
 
@@ -55,7 +54,6 @@ def restore_job(bank: AdapterBank, job: AdapterJob, state: Mapping[str, Any], *,
     if leads and job.lr_scheduler is not None:
         job.lr_scheduler.load_state_dict(state["lr_scheduler"])
     job.steps_done = state["steps_done"]
-    job.validation_losses = list(state["validation_losses"])
     job.history = [StepFigures(*figures) for figures in state["history"]]
     move_training_state(adapter.masters.values(), job.optimizer, waits_on)
 

@@ -2,9 +2,10 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,13 @@ RUN_BY_CI = {
     ("make", "quickstart"): "a step of .ci/run, with an environment of its own",
     ("make", "test"): "a step of .ci/run; this test is a part of it",
     ("make", "docs"): "a step of .ci/run, and test_docs_site builds the same",
+    ("make", "check"): "three steps of .ci/run: lint, types, test",
+}
+# Long runs, by config, and the test that runs a short form of each.
+SHORT_FORMS = {
+    "quickstart_base.yaml": "test_pipeline.py",
+    "quickstart_llama3_base.yaml": "test_grid_llama3.py",
+    "paper_table1_tiny.yaml": "test_grid_paper.py",
 }
 # What makes the quickstart small; a key that a page sets itself stays as the page has it.
 SMALL = {
@@ -37,18 +45,16 @@ PAGES = {str(page.relative_to(ROOT)): commands_of(page) for page in pages_in_rea
 
 @dataclass
 class Reader:
-    """Somebody who types the commands of the pages in one folder, each of them once."""
+    """Somebody who types commands of a page in one folder."""
 
     folder: Path
-    done: set[tuple[str, ...]] = field(default_factory=set)
 
     def type_in(self, command: Command) -> None:
         """Run a command that is not marked; a failure names page and line."""
-        if command.mark or command.words in {*RUN_BY_CI, *self.done}:
+        if command.mark or command.words in RUN_BY_CI:
             return
         outcome = _run(command.words, self.folder)
         assert outcome.status == 0, f"{command.where}: exit status {outcome.status}\n{outcome.out}{outcome.err}"
-        self.done.add(command.words)
 
 
 def _run(words: tuple[str, ...], folder: Path) -> Outcome:
@@ -81,17 +87,22 @@ def _write_shop(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
-    """A reader who has a log and has run what other pages build on, so that each page can be tested alone."""
-    folder = tmp_path_factory.mktemp("reader")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What every page may count on: a log, and the two runs of the quickstart's page that others build on."""
+    folder = tmp_path_factory.mktemp("prepared")
     for name in ("benchmarks", "tests"):
         (folder / name).symlink_to(ROOT / name)
     _write_shop(folder / "shop.csv")
-    reader = Reader(folder)
     for command in PAGES["docs/quickstart.md"]:
         if command.words[-1] in ("quickstart.yaml", "output_dir=runs/six_personas"):
-            reader.type_in(command)
-    return reader
+            Reader(folder).type_in(command)
+    return folder
+
+
+@pytest.fixture
+def reader(prepared: Path, tmp_path: Path) -> Reader:
+    """A reader with a copy of it, so that no page depends on what another one left."""
+    return Reader(shutil.copytree(prepared, tmp_path / "reader", symlinks=True))
 
 
 @pytest.mark.parametrize("page", [page for page, commands in PAGES.items() if commands])
@@ -103,8 +114,17 @@ def test_a_pages_commands_run_or_say_what_they_need(page: str, reader: Reader) -
 def test_there_are_commands_that_are_run_and_all_that_ci_runs_are_in_the_pages() -> None:
     commands = [command for commands in PAGES.values() for command in commands]
     assert {command.words for command in commands} >= set(RUN_BY_CI) - {("make", "docs")}
+    assert {command.words[0] for command in commands} >= {"tune", "personas-tune", "make", "pip", "vllm"}
     run = {command.words[2] for command in commands if not command.mark and command.words[:2] == ("tune", "run")}
     assert run >= set(RECIPES) - {"persona_base"}
+
+
+def test_what_takes_minutes_is_a_benchmark_or_has_a_short_form_that_a_test_runs() -> None:
+    marked = [command for commands in PAGES.values() for command in commands if command.mark]
+    long = [command for command in marked if command.mark and command.mark.startswith("# takes")]
+    others = [command for command in long if not any(word.startswith("benchmarks/") for word in command.words)]
+    assert {command.words[4] for command in others} == set(SHORT_FORMS)
+    assert all((Path(__file__).parent / test).is_file() for test in SHORT_FORMS.values())
 
 
 EXAMPLE = """
@@ -122,6 +142,18 @@ personas-tune show u1   # a remark
 
 personas-tune ls
 pip install something
+export KEY=...   # sets the shell up, as the next lines do
+. .venv/bin/activate
+S='stages=[a, b]'
+python -m module
+```
+
+```
+| a printed | table |
+```
+
+```text
+output, which isn't a command
 ```
 
 ```python
@@ -140,6 +172,8 @@ def test_commands_are_found_with_page_line_and_mark(tmp_path: Path) -> None:
         (10, "# needs a GPU", "b.yaml"),
         (12, "# needs a GPU", "u1"),
         (14, None, "ls"),
+        (15, None, "something"),
+        (19, None, "module"),
     ]
     assert {command.page for command in commands} == {"page.md"}
 
@@ -156,6 +190,12 @@ def test_commands_are_found_with_page_line_and_mark(tmp_path: Path) -> None:
 def test_a_command_that_fails_is_told_with_its_page_and_line(words: tuple[str, ...], tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=rf"page\.md:7: {words[0]} .*: exit status 2"):
         Reader(tmp_path).type_in(Command("page.md", 7, words, None))
+
+
+def test_text_that_is_no_command_is_told_with_its_page_and_line(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text("```\nit's output\n```\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"page\.md:2: no command: it's output"):
+        commands_of(tmp_path / "page.md", tmp_path)
 
 
 def test_a_marked_command_is_not_run(tmp_path: Path) -> None:

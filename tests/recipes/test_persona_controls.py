@@ -187,6 +187,50 @@ def test_persona_adapters_begin_where_the_adapter_for_all_ended(config, root):
     assert files["fresh/0/adapter.safetensors"] != single
 
 
+@pytest.fixture(scope="module")
+def onward(config, tiny_checkpoint, tmp_path_factory):
+    """An experiment whose set `persona` begins with `single`, which is trained; and the finished one's folder."""
+    folder = tmp_path_factory.mktemp("onward")
+    root = Path(shutil.copytree(config.parent / "run", folder / "run"))
+    sets = {"single": {"per": "all"}, "persona": {"per": "persona", "start_from": "single"}}
+    onward = write_yaml(folder / "onward.yaml", {**experiment(root, tiny_checkpoint), "adapter_sets": sets})
+    trained(onward, root, "~adapter_sets.persona")
+    trained(onward, Path(shutil.copytree(root, folder / "finished")))
+    return onward
+
+
+def test_a_set_is_stale_when_the_one_that_it_begins_with_is_trained_again(onward, tmp_path):
+    root = Path(shutil.copytree(onward.parent / "finished", tmp_path / "run"))
+    before = files_below(root / "adapters")
+    again = trained(onward, root).out
+    assert "adapters/single is up to date" in again
+    assert "adapters/persona is up to date" in again
+    changed = trained(onward, root, "adapter_sets.single.share=0.5").out
+    assert "is up to date" not in changed
+    after = files_below(root / "adapters")
+    for adapter in ("single/all", "persona/0", "persona/1"):
+        assert after[f"{adapter}/adapter.safetensors"] != before[f"{adapter}/adapter.safetensors"]
+    assert "adapters/persona is up to date" not in trained(onward, root).out  # with `single` as it was
+    assert files_below(root / "adapters") == before
+
+
+def test_a_stopped_set_that_begins_with_another_goes_on_to_the_same_bytes(onward, tmp_path):
+    root = Path(shutil.copytree(onward.parent / "run", tmp_path / "run"))
+    stop_in_step(5, onward, root)
+    assert "adapters/persona goes on after step 5" in trained(onward, root).out
+    assert files_below(root / "adapters") == files_below(onward.parent / "finished" / "adapters")
+
+
+def test_a_checkpoint_of_a_set_that_began_with_other_weights_is_refused(onward, tmp_path):
+    root = Path(shutil.copytree(onward.parent / "run", tmp_path / "run"))
+    stop_in_step(5, onward, root)
+    trained(onward, root, "adapter_sets.single.share=0.5", "~adapter_sets.persona")
+    overrides = ["adapter_sets.single.share=0.5", "resume_from_checkpoint=true"]
+    refused = run_recipe("persona_lora", onward, f"output_dir={root}", *overrides)
+    assert (refused.status, len(refused.err.splitlines())) == (2, 1)
+    assert "of another training (adapter.safetensors has changed)" in refused.err
+
+
 @pytest.mark.parametrize(
     ("sets", "said"),
     [

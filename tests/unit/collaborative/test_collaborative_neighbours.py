@@ -159,6 +159,29 @@ def test_the_order_of_the_rows_changes_nothing():
     np.testing.assert_array_equal(n_mixed, n[order])
 
 
+def test_splits_in_one_call_get_what_each_gets_alone():
+    interactions, outside = log(8)
+    train, test = split_of(interactions, "train"), split_of(interactions, "test")
+    for before_target in (True, False):
+        options = {"before_target": before_target, **SCALE}
+        together = neighbour_ratings(pa.concat_tables([train, test]), train, outside, 5, **options)
+        alone = [neighbour_ratings(rows, train, outside, 5, **options) for rows in (train, test)]
+        for both, parts in zip(together, zip(*alone, strict=True), strict=True):
+            np.testing.assert_array_equal(both, np.concatenate(parts))
+
+
+def test_a_user_without_train_ratings_is_refused_in_a_line():
+    interactions, outside = log(9)
+    train = split_of(interactions, "train")
+    lacking = train.filter(pc.invert(pc.is_in(train["user_id"], pa.array(["u03", "u07"]))))
+    with pytest.raises(DataError) as caught:
+        neighbour_ratings(interactions, lacking, outside, 5, before_target=True, **SCALE)
+    assert caught.value.lines == [
+        "data/interactions.parquet user u03: no train rating of 2 user(s) to find neighbours by; "
+        "raise data.split.train_fraction or set retrieval.neighbours=0"
+    ]
+
+
 def test_one_user_alone_has_nobody_to_learn_from():
     interactions, outside = log(7)
     alone = interactions.filter(pc.equal(interactions["user_id"], interactions["user_id"][0]))

@@ -5,10 +5,15 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.base import clone
+from sklearn.model_selection import GroupKFold
 from threadpoolctl import threadpool_limits
 
 from personas_tune.errors import EvaluationError
 from personas_tune.evaluation.baselines import _last_rows, fit_baselines, shrunk_means
+from personas_tune.evaluation.prompt_numbers import prompt_numbers
+from personas_tune.evaluation.ridge import cross_validated_ridge
+from personas_tune.schema import PREDICTORS
 
 NAMES = [
     "constant",
@@ -101,7 +106,7 @@ def assert_same(some, others) -> None:
     assert list(some) == list(others)
     for name in some:
         assert some[name].predicted.tobytes() == others[name].predicted.tobytes(), name
-        assert some[name].tuned == others[name].tuned
+        assert (some[name].tuned, some[name].sd) == (others[name].tuned, others[name].sd)
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +164,49 @@ def test_biases_equal_the_closed_form_ridge_regression_on_train_and_outside_rows
     solution = np.linalg.solve(design.T @ design + np.diag(penalties), design.T @ (seen["rating"].to_numpy() - mean))
     expected = np.clip(mean + indicators(world.test) @ solution, 1, 5)
     assert fitted["user_item_bias"].predicted == pytest.approx(expected, abs=1e-5)
+
+
+def test_errors_on_held_out_rows_equal_the_hand_computed_ones(world, fitted):
+    """The last fifth of each user's 15 train rows is three, predicted from the twelve before them."""
+    late = world.train["position"].to_numpy() >= 12
+    early, held_out = world.train.filter(~late), world.train.filter(late)
+    before, truth = early["rating"].to_numpy(), held_out["rating"].to_numpy()
+    label = min(LABELS, key=lambda each: np.mean((before - each) ** 2))
+    assert fitted["constant"].sd == pytest.approx(np.sqrt(np.mean((truth - label) ** 2)))
+    assert fitted["global_mean"].sd == pytest.approx(np.sqrt(np.mean((truth - before.mean()) ** 2)))
+    shrinkage = fitted["user_mean"].tuned["shrinkage"]
+    means = {
+        user: (before[mine].sum() + shrinkage * before.mean()) / (mine.sum() + shrinkage)
+        for user in set(early["user_id"].to_pylist())
+        for mine in [np.array(early["user_id"].to_pylist()) == user]
+    }
+    said = np.array([means[user] for user in held_out["user_id"].to_pylist()])
+    assert fitted["user_mean"].sd == pytest.approx(np.sqrt(np.mean((truth - said) ** 2)))
+
+
+def test_the_ridge_regressions_error_is_that_of_users_it_was_not_fitted_on(world, fitted):
+    numbers = prompt_numbers(world.train_samples, world.train, world.items, world.users, "outside", leave_own_out=True)
+    ratings, users = world.train["rating"].to_numpy(), np.array(world.train["user_id"].to_pylist())
+    chosen = cross_validated_ridge(numbers, ratings, np.unique(users, return_inverse=True)[1])
+    said = np.empty(len(users))
+    for train, rest in GroupKFold(5).split(numbers, ratings, users):
+        said[rest] = clone(chosen).fit(numbers[train], ratings[train]).predict(numbers[rest])
+    expected = np.sqrt(np.mean((np.clip(said, 1, 5) - ratings) ** 2))
+    assert fitted["ridge_prompt_numbers"].sd == pytest.approx(expected)
+
+
+def test_neighbours_are_as_wrong_as_on_the_train_samples(world):
+    said = pa.array(np.linspace(0, 6, len(world.train_samples)))
+    tables = [
+        table.append_column("neighbours_rating", said.slice(0, len(table))).append_column(
+            "n_neighbours", pa.array([3] * len(table))
+        )
+        for table in (world.test, world.train_samples)
+    ]
+    fitted = fit(world._replace(test=tables[0], train_samples=tables[1]))
+    errors = np.clip(said.to_numpy(), 1, 5) - world.train_samples["rating"].to_numpy()
+    assert fitted["neighbours"].sd == pytest.approx(np.sqrt(np.mean(errors**2)))
+    assert set(fitted) <= set(PREDICTORS)  # no agent may be called so
 
 
 def test_richer_models_predict_a_planted_world_better(world, fitted):
@@ -219,6 +267,7 @@ def test_one_train_row_is_enough_to_predict_with():
     world = world._replace(train=world.train.slice(0, 1), train_samples=world.train_samples.slice(0, 1))
     rating = world.train["rating"][0].as_py()
     assert all(baseline.predicted == pytest.approx(rating, abs=1e-6) for baseline in fit(world).values())
+    assert {baseline.sd for baseline in fit(world).values()} == {None}
 
 
 def test_no_train_row_is_an_error(world):

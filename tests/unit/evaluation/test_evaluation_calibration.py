@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from personas_tune.errors import EvaluationError
-from personas_tune.evaluation.calibration import calibrate, fit_hybrid, with_distribution
+from personas_tune.evaluation.calibration import calibrate
 
 LABELS = [1.0, 2.0, 3.0, 4.0, 5.0]
 
@@ -61,19 +61,24 @@ def test_too_little_to_calibrate_on_is_told(ratings, users, said):
         calibrate(p, np.array(ratings), users, p, LABELS)
 
 
-def test_a_hybrids_features_hold_numbers_expected_rating_and_log_probabilities():
-    features = with_distribution(np.array([[7.0]]), np.array([[0.5, 0.5, 0, 0, 0]]), LABELS)
-    np.testing.assert_allclose(features, [[7.0, 1.5, *np.log([0.5, 0.5, 1e-6, 1e-6, 1e-6])]])
+def few(*rows):
+    """Distributions, ratings and users of a few rows, from pairs of a user and a rating."""
+    return (
+        np.random.default_rng(7).dirichlet(np.ones(5), len(rows)),
+        np.array([r for _, r in rows]),
+        [u for u, _ in rows],
+    )
 
 
-def test_a_hybrid_uses_what_the_distribution_adds_to_the_numbers():
-    p, ratings, users = drawn(4, 1500)
-    unseen, truth, _ = drawn(5, 1500)
-    noise = np.random.default_rng(6).normal(size=(1500, 3))
-    hybrid = fit_hybrid(noise, p, ratings, users, noise, unseen, LABELS)
-    without = fit_hybrid(noise, None, ratings, users, noise, None, LABELS)
-    best = np.mean((unseen @ LABELS - truth) ** 2)
-    assert np.mean((hybrid.predicted - truth) ** 2) < 1.05 * best
-    assert np.mean((without.predicted - truth) ** 2) == pytest.approx(truth.var(), rel=0.05)
-    assert hybrid.predicted.min() >= 1
-    assert hybrid.predicted.max() <= 5
+def test_a_fold_that_leaves_one_label_doesn_t_choose_the_penalty():
+    p, ratings, users = few(("a", 3.0), ("a", 4.0), ("b", 3.0), ("b", 3.0))  # without a there is no 4
+    told = calibrate(p, ratings, users, p, LABELS)
+    assert np.isfinite(told).all()
+    np.testing.assert_allclose(told.sum(1), 1)
+    assert set(np.flatnonzero(told.sum(0))) == {2, 3}
+
+
+def test_ratings_that_rounding_moved_are_the_label_that_they_are_near():
+    p, ratings, users = drawn(8, 200)
+    moved = np.nextafter(ratings, 9)
+    np.testing.assert_array_equal(calibrate(p, moved, users, p, LABELS), calibrate(p, ratings, users, p, LABELS))

@@ -13,6 +13,7 @@ from personas_tune.evaluation.distributions import (
     jensen_shannon,
     mean_over_users,
     nearest_labels,
+    normal_masses,
     point_masses,
     sum_by_group,
     variance,
@@ -134,3 +135,18 @@ def test_personas_are_compared_apart_and_one_without_rows_is_named():
     assert groups["per_persona"]["3"]["js"] == 0
     assert groups["per_persona"]["7"] == NOTHING
     assert groups["overall"]["wasserstein"] == pytest.approx(1 / 3)
+
+
+def test_normal_masses_are_those_of_many_draws_put_on_the_nearest_label():
+    labels, means = np.arange(0.5, 5.1, 0.5), np.array([0.5, 3.3, 4.9])
+    masses = normal_masses(means, 0.7, labels)
+    for mean, mass in zip(means, masses, strict=True):
+        draws = np.random.default_rng(0).normal(mean, 0.7, 100_000)
+        shares = point_masses(draws, labels).mean(axis=0)
+        assert np.abs(mass - shares).max() < 0.01
+    assert masses.sum(axis=1) == pytest.approx(1)
+
+
+def test_a_normal_distribution_without_width_is_a_point():
+    labels, means = np.arange(1.0, 6.0), np.array([-3.0, 2.4, 4.6, 99.0])
+    assert np.array_equal(normal_masses(means, 0.0, labels), point_masses(means, labels))

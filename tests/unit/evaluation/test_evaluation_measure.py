@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy.stats import norm
 
 from personas_tune.datasets.source import Sample
 from personas_tune.evaluation.baselines import Baseline
@@ -104,6 +105,27 @@ def test_pairs_have_nll_only_between_agents_with_probabilities(metrics):
     nll = {(pair["a"], pair["b"]): pair["nll"] for pair in metrics["paired"]}
     assert nll["argmax", "expected"] == {"difference": 0, "low": 0, "high": 0}
     assert {pair for pair, found in nll.items() if found is not None} == {("argmax", "expected")}
+
+
+def test_baselines_and_agents_draw_and_are_compared_on_equal_terms():
+    measurement = Measurement(SAMPLES, USERS, STARS, Resampling(99))
+    predicted, sd = np.array([3.2, 4.1, 2.0, 3.5, 1.0]), 0.8
+    measurement.add_baseline("user_mean", Baseline(predicted, sd=sd))
+    measurement.add_agent("agent", P @ np.array(STARS), described("expected"), P)
+    measured = measurement.metrics()
+    (agent,), (baseline,) = measured["agents"], measured["baselines"]
+    edges = norm.cdf([-math.inf, 1.5, 2.5, 3.5, 4.5, math.inf], predicted[:, None], sd)
+    p = np.diff(edges, axis=1)
+    assert baseline["residual_sd"] == sd
+    assert baseline["distribution"]["overall"]["simulated"] == pytest.approx(p.mean(axis=0).tolist())
+    assert baseline["distribution"]["points"]["simulated"] == pytest.approx([0.2, 0.2, 0.4, 0.2, 0])
+    assert baseline["nll"] == pytest.approx(-np.log(p[np.arange(5), RATINGS.astype(int) - 1]).mean())
+    assert None not in (baseline["rps"], baseline["ece"])
+    assert baseline["rmse"] == pytest.approx(np.sqrt(np.mean((predicted - RATINGS) ** 2)))
+    (pair,) = measured["paired"]
+    assert pair["nll"]["difference"] == pytest.approx(agent["nll"] - baseline["nll"])
+    js = (row["distribution"]["overall"]["js"] for row in (agent, baseline))
+    assert pair["js"]["difference"] == pytest.approx(next(js) - next(js))
 
 
 def test_pairs_compare_what_is_simulated(metrics, agents):

@@ -105,8 +105,8 @@ def test_where_an_agent_draws_its_ratings_the_distances_of_its_points_stand_besi
     assert block.splitlines()[0].split("|")[-4:-1] == [" JS pts ", " W1 pts ", " var. pts "]
     assert cells_of(block, "phi3")[0][-6:] == ["0.010", "0.200", "0.900", "0.300", "0.200", "0.100"]
     assert cells_of(block, "user_mean")[0][-6:] == ["0.010", "0.200", "0.900"] * 2
-    assert "simulates by drawing" in table
-    assert "simulates by drawing" not in write_table(make_metrics())
+    assert "simulate by drawing" in table
+    assert "simulate by drawing" not in write_table(make_metrics())
 
 
 def test_published_figures_add_a_column_and_change_nothing_else():
@@ -149,15 +149,17 @@ def test_a_difference_without_interval_is_not_told_apart():
 def test_of_very_many_differences_those_with_the_best_are_shown():
     names = [f"agent{number}" for number in range(12)]
     agents = [agent(name, rmse_filled=2.0 - (name == "agent7")) for name in names]
+    hybrids = [measured(f"hybrid_{name}", rmse_filled=0.5) for name in ("agent1", "without_agent")]
     best, bias, other = (
         measured(name, rmse_filled=at) for name, at in (("mf", 1.0), ("user_item_bias", 1.1), ("x", 1.2))
     )
     unknown = {"difference": 0.1, "low": None, "high": None}
     named = [(a, b) for a in names for b in [*names[: names.index(a)], "mf", "user_item_bias", "x"]]
+    named.append(("hybrid_agent1", "hybrid_without_agent"))
     paired = [{"a": a, "b": b, **unknown, "mae": unknown} for a, b in named]
-    table = write_table(make_metrics(agents=agents, baselines=[best, bias, other], paired=paired))
-    shown = [tuple(row[:2]) for name in names for row in cells_of(table.split("\n\n")[2], name)]
-    assert shown == [(a, b) for a, b in named if {a, b} & {"agent7", "mf", "user_item_bias"}]
+    table = write_table(make_metrics(agents=agents, baselines=[best, bias, other, *hybrids], paired=paired))
+    shown = [tuple(row[:2]) for name in [*names, "hybrid_agent1"] for row in cells_of(table.split("\n\n")[2], name)]
+    assert shown == [(a, b) for a, b in named if {a, b} & {"agent7", "mf", "user_item_bias", "hybrid_agent1"}]
     assert f"- {len(shown)} of {len(named)} differences are shown" in table
 
 
@@ -185,6 +187,35 @@ def test_notes_tell_rows_users_seed_intervals_and_what_was_tuned():
         "user_mean (shrinkage 8)",
     ):
         assert fact in table
+
+
+def test_hybrids_are_not_said_to_be_fitted_as_baselines_are():
+    rows = [measured("user_mean", tuned={"shrinkage": 8.0}), measured("hybrid_phi3", tuned={"alpha": 2.0})]
+    lines = write_table(make_metrics(baselines=rows)).splitlines()
+    (baselines,) = (line for line in lines if line.startswith("- Baselines are fitted"))
+    (hybrids,) = (line for line in lines if line.startswith("- Hybrids are fitted"))
+    assert baselines.endswith("user_mean (shrinkage 8).")
+    assert hybrids.endswith(
+        "latest train rows of each user and tuned by cross-validation on these: hybrid_phi3 (alpha 2)."
+    )
+
+
+def test_agents_calibrated_on_what_they_know_have_notes():
+    known = agent("phi3", calibrated_on_trained_rows=True, calibrated_on_final_profiles=True)
+    table = write_table(make_metrics(agents=[known, agent("other")]))
+    assert "rows that the adapters were trained on: phi3." in table
+    assert "(prompt.profile: final): phi3." in table
+    assert "knew" not in write_table(make_metrics())
+
+
+@pytest.mark.parametrize(
+    ("more", "is_noted"), [({"readout": "generate"}, True), ({"calibrated": True}, True), ({}, False)]
+)
+def test_what_is_measured_otherwise_with_every_adapter_is_noted(more, is_noted):
+    matrix = {"adapters": ["0"], "personas": ["0"], "n": [9], "rmse": [[1.0]], "mae": [[1.0]]}
+    matrix["own_minus_other"] = dict.fromkeys(("difference", "low", "high"))
+    table = write_table(make_metrics(agents=[agent("phi3", **more)], own_versus_other={"phi3": matrix}))
+    assert ("calibrated one before calibration" in table) == is_noted
 
 
 def test_columns_are_aligned_and_numbers_stand_right():

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis.extra.numpy import arrays
 from sklearn.metrics import adjusted_rand_score
 
 from personas_tune.errors import ConfigError
+from personas_tune.personas import stability
 from personas_tune.personas.clustering import cluster_users
 from personas_tune.personas.profiles import map_profiles
 from personas_tune.personas.stability import measure_stability, pairwise_adjusted_rand
@@ -110,6 +112,19 @@ def test_without_its_model_a_line_says_how_to_get_it():
     ]
 
 
+def test_a_model_that_spacy_cant_read_is_a_line(monkeypatch):
+    def load(model):
+        raise ValueError(f"[E149] Error deserializing {model}.\nCheck the version.")
+
+    monkeypatch.setitem(sys.modules, "spacy", SimpleNamespace(load=load))
+    with pytest.raises(ConfigError) as caught:
+        make_analyzer("spacy")
+    assert caught.value.lines == [
+        "personas.words: spaCy's model en_core_web_sm can't be read by the spaCy that is installed; "
+        "python -m spacy download en_core_web_sm, or set it to sklearn"
+    ]
+
+
 def test_spacy_keeps_nouns_and_adjectives(tmp_path):
     spacy = pytest.importorskip("spacy", reason="the extra spacy is not installed")
     pipeline = spacy.blank("en")
@@ -141,21 +156,30 @@ def test_adjusted_rand_by_hand():
 
 def test_stability_is_measured_over_the_own_and_other_seeds():
     points = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)
-    stability = measure_stability(points, k=5, seed=7, n_seeds=3)
+    own = cluster_users(points, 5, 7)
+    found = measure_stability(points, own, seed=7, n_seeds=3)
     labels = [cluster_users(points, 5, seed).personas for seed in (7, 8, 9, 10)]
-    assert stability.seeds == [7, 8, 9, 10]
-    assert stability.adjusted_rand == [adjusted_rand_score(*pair) for pair in combinations(labels, 2)]
-    assert stability.mean == pytest.approx(sum(stability.adjusted_rand) / 6)
-    assert stability.low == min(stability.adjusted_rand) <= stability.mean
-    assert measure_stability(points, k=5, seed=7, n_seeds=3) == stability
+    assert found.seeds == [7, 8, 9, 10]
+    assert found.adjusted_rand == [adjusted_rand_score(*pair) for pair in combinations(labels, 2)]
+    assert found.mean == pytest.approx(sum(found.adjusted_rand) / 6)
+    assert found.low == min(found.adjusted_rand) <= found.mean
+    assert measure_stability(points, own, seed=7, n_seeds=3) == found
+
+
+def test_the_own_grouping_is_not_made_again(monkeypatch):
+    points = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)
+    own, seeds = cluster_users(points, 5, 7), []
+    monkeypatch.setattr(stability, "cluster_users", lambda *args: seeds.append(args[-1]) or cluster_users(*args))
+    stability.measure_stability(points, own, seed=7, n_seeds=2)
+    assert seeds == [8, 9]
 
 
 def test_groups_far_apart_are_found_by_every_seed():
     points = np.repeat(np.eye(3, dtype=np.float32), [4, 3, 2], axis=0)
-    stability = measure_stability(points, k=3, seed=0, n_seeds=2)
-    assert (stability.mean, stability.low) == (1.0, 1.0)
-    assert str(stability) == "adjusted Rand over 3 seeds 1.00 (lowest 1.00)"
-    assert json.dumps(stability.adjusted_rand) == "[1.0, 1.0, 1.0]"
+    found = measure_stability(points, cluster_users(points, 3, 0), seed=0, n_seeds=2)
+    assert (found.mean, found.low) == (1.0, 1.0)
+    assert str(found) == "adjusted Rand over 3 seeds 1.00 (lowest 1.00)"
+    assert json.dumps(found.adjusted_rand) == "[1.0, 1.0, 1.0]"
 
 
 # The map

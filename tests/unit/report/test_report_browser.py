@@ -96,6 +96,11 @@ def wide(page: Path, folder: Path) -> dict[str, Any]:
     return measure(page, folder, LIGHT, WIDE)
 
 
+@pytest.fixture(scope="module")
+def comparison(page: Path, folder: Path) -> Path:
+    return build_comparison(folder / "run", folder / "other")
+
+
 def figure_ids(page: Path) -> set[str]:
     return set(re.findall(r'<figure id="([\w-]+)"', page.read_text(encoding="utf-8")))
 
@@ -120,8 +125,10 @@ def test_every_figure_has_its_place_on_a_wide_page(wide: dict[str, Any], page: P
 
 
 @pytest.mark.parametrize("which", ["report", "comparison"])
-def test_a_narrow_page_shows_the_same_and_doesn_t_scroll_sideways(page: Path, folder: Path, which: str) -> None:
-    shown = page if which == "report" else build_comparison(folder / "run", folder / "other")
+def test_a_narrow_page_shows_the_same_and_doesn_t_scroll_sideways(
+    page: Path, comparison: Path, folder: Path, which: str
+) -> None:
+    shown = page if which == "report" else comparison
     narrow = measure(shown, folder, DARK, NARROW)
     assert_all_drawn(narrow, figure_ids(shown), NARROW)
     assert narrow["dark"] is True
@@ -131,14 +138,24 @@ def test_a_narrow_page_shows_the_same_and_doesn_t_scroll_sideways(page: Path, fo
 def test_figures_are_painted_and_the_console_stays_empty(
     page: Path, folder: Path, wide: dict[str, Any], scheme: int, paper: range
 ) -> None:
-    picture = folder / f"{scheme}.png"
-    seen = look_at(page, folder, scheme, (WIDE, int(wide["height"]) + 1), f"--screenshot={picture}")
+    assert_painted(page, wide, folder, scheme, paper)
+
+
+def test_a_comparison_is_painted_and_its_console_stays_empty(comparison: Path, folder: Path) -> None:
+    measured = measure(comparison, folder, LIGHT, WIDE)
+    assert_all_drawn(measured, figure_ids(comparison), WIDE)
+    assert_painted(comparison, measured, folder, LIGHT, range(230, 256))
+
+
+def assert_painted(page: Path, measured: dict[str, Any], folder: Path, scheme: int, paper: range) -> None:
+    picture = folder / f"{page.stem}_{scheme}.png"
+    seen = look_at(page, folder, scheme, (WIDE, int(measured["height"]) + 1), f"--screenshot={picture}")
     assert seen.console == []
     pixels = np.asarray(Image.open(picture).convert("RGB"))
     assert pixels.shape[1] == WIDE
     assert set(pixels[2, 2].tolist()) <= set(paper)
     colours = pixels.astype(np.int64) @ (65536, 256, 1)
-    for name, (x, y, width, height) in wide["figures"].items():
+    for name, (x, y, width, height) in measured["figures"].items():
         region = colours[int(y) : int(y + height), int(x) : int(x + width)]
         found, counts = np.unique(region, return_counts=True)
         assert len(found) > 20, f"{name} is blank"

@@ -1,6 +1,7 @@
 """``personas-tune report``: one run's page, two runs side by side, and mistakes."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -67,6 +68,8 @@ def test_two_runs_side_by_side(runs, report):
     for figure in ("rmse", "mae", "table", "distribution", "settings"):
         assert f'<figure id="{figure}"' in text
     assert "On the same test rows" in text
+    assert re.search('aria-label="Shares of each rating. good, [^"]+: 1 true [^"]+ bad, ', text)
+    assert "They have no intervals" in text
     assert "http" not in text.replace("http-equiv", "")
     before = text
     report(runs / "good", "--against", runs / "bad")
@@ -95,7 +98,24 @@ def test_settings_that_differ_are_named_and_others_are_not(runs, report, tmp_pat
     settings = text[text.index('id="settings"') :]
     assert "data.traits" in settings
     assert "data.format" not in settings
-    assert "the runs share all settings" not in settings
+    same = "None: the runs share settings and versions."
+    assert same not in settings
+    report(tmp_path / "other", "--against", tmp_path / "other")
+    assert same in (tmp_path / "other" / "report" / "against_other.html").read_text(encoding="utf-8")
+
+
+def test_a_leak_in_one_run_only_is_in_the_sentence(runs, report, tmp_path):
+    shutil.copytree(runs / "good", tmp_path / "honest")
+    metrics = json.loads((tmp_path / "honest" / "eval" / "metrics.json").read_text())
+    assert metrics["settings"]["historical_average"] == "all"
+    metrics["settings"]["historical_average"] = "train"
+    (tmp_path / "honest" / "eval" / "metrics.json").write_text(to_json(metrics))
+    report(runs / "good", "--against", tmp_path / "honest")
+    text = (runs / "good" / "report" / "against_honest.html").read_text(encoding="utf-8")
+    assert "historical average is all (leaky, the paper’s way) in good, but train in honest." in text
+    assert "traits is" not in text
+    report(runs / "good", "--against", runs / "bad")
+    assert "leaky" not in (runs / "good" / "report" / "against_bad.html").read_text(encoding="utf-8")
 
 
 def test_runs_of_one_name_are_told_apart_by_the_folder_above(runs, report, tmp_path):

@@ -6,6 +6,7 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from evaluated import HOSTILE, make_hostile, write_evaluated
@@ -184,6 +185,63 @@ def test_an_agent_that_never_answers_leaves_gaps_and_no_traceback(copy: Workspac
     page = Page(write_report(read_run(copy)))
     assert FIGURES - set(page.texts) == {"distribution-by-persona", "train-size"}
     assert "100.0%" in page.texts["table"]
+
+
+def test_unanswered_rows_leave_order_and_bold_to_the_filled_errors(copy: Workspace) -> None:
+    metrics = json.loads(copy.metrics.read_text())
+    rows = {row["name"]: row for row in metrics["agents"]}
+    rows["persona_half"].update(rmse=0.5, mae=0.5, rmse_filled=0.5, mae_filled=0.5)
+    rows["persona_text"].update(rmse=0.001, mae=0.001, rmse_filled=9.0, mae_filled=9.0)
+    rows["base"].update(rmse_filled=0.012, mae_filled=0.012)
+    copy.metrics.write_text(to_json(metrics))
+    text = write_report(read_run(copy))
+    page = Page(text)
+    assert "base, an agent, comes first of agents and baselines." in page.texts["rmse"]
+    told = re.findall('aria-label="(RMSE|MAE) by predictor: (.*?)"', text)
+    assert [(name, ranked.split("; ")[0][:5], ranked.split("; ")[-1][:12]) for name, ranked in told] == [
+        ("RMSE", "base ", "persona_text"),
+        ("MAE", "base ", "persona_text"),
+    ]
+    table = text[text.index('<figure id="table"') : text.index('<figure id="paired-baseline"')]
+    assert re.findall("<b>(.*?)</b>", table) == ["0.012", "0.012"]
+
+
+def test_with_all_rows_answered_the_lowest_is_bold_and_a_leading_hybrid_is_called_one(copy: Workspace) -> None:
+    metrics = json.loads(copy.metrics.read_text())
+    for row in [*metrics["agents"], *metrics["baselines"]]:
+        row.update(n_parsed=row["n"], urr=0.0, rmse=1.0, mae=1.0, macro_rmse=1.0)
+    hybrid = next(row for row in metrics["baselines"] if row["name"] == "hybrid_persona")
+    hybrid.update(rmse=0.011, mae=0.012, macro_rmse=0.013)
+    metrics["oracle"] = {**hybrid, "name": "bayes_optimal"}
+    copy.metrics.write_text(to_json(metrics))
+    text = write_report(read_run(copy))
+    assert "hybrid_persona, a hybrid (a regression that uses an agent), comes first" in Page(text).texts["rmse"]
+    table = text[text.index('<figure id="table"') : text.index('<figure id="paired-baseline"')]
+    assert re.findall("<b>(.*?)</b>", table) == ["0.011", "0.012", "0.013"]  # and not the floor's, which are equal
+    assert "4 agents, 2 baselines, 1 hybrid" in text
+
+
+def test_figures_say_what_they_are(text: str) -> None:
+    texts = Page(text).texts
+    assert "published figure, of its own test rows and models" in texts["rmse"]
+    assert "The paper’s figures are of its own test rows and models." in texts["table"]
+    assert texts["table"].count("RMSE interval") == texts["table"].count("MAE interval") == 1
+    assert "1 of K" in texts["own-versus-other"]
+    assert "For each true rating" in texts["confusion"]
+    differences = text[text.index('<figure id="paired-baseline"') : text.index('<figure id="paired-best"')]
+    js = differences[differences.index("JS, all ratings") :]
+    assert re.findall(r'class="figures">[+−]\d\.(\d+)<', js)
+    assert {len(digits) for digits in re.findall(r'class="figures">[+−]\d\.(\d+)<', js)} == {4}
+    curve = text[text.index('<figure id="train-size"') : text.index('<figure id="examples"')]
+    assert curve.count('class="whisker c0"') == 4  # two shares, in two panels
+
+
+def test_markers_that_repeat_are_told(copy: Workspace) -> None:
+    table = pq.read_table(copy.personas)
+    assert "Markers repeat" not in Page(write_report(read_run(copy))).texts["map"]
+    many = [{**row, "persona": at} for at, row in enumerate(table.to_pylist() * 17)][:17]
+    pq.write_table(pa.Table.from_pylist(many, schema=table.schema), copy.personas)
+    assert "Markers repeat after 16 personas." in Page(write_report(read_run(copy))).texts["map"]
 
 
 def test_metrics_that_are_no_metrics_are_told(copy: Workspace) -> None:

@@ -9,16 +9,18 @@ import pyarrow as pa
 import pytest
 
 from personas_tune.report import markup, plots
-from personas_tune.report.accuracy import verdict
+from personas_tune.report.accuracy import VERDICT_SHAPES, verdict
 from personas_tune.report.examples import spread_over
 from personas_tune.report.faithful_table import value_at
+from personas_tune.report.figure import Figure
+from personas_tune.report.groups import shades_of
 from personas_tune.report.headline import outcome, sentence
-from personas_tune.report.learning import loss_curves, share_curves, validation_curves
+from personas_tune.report.learning import learning_figures, loss_curves, share_curves, validation_curves
 from personas_tune.report.markup import Markup, number, percent, tag
 from personas_tune.report.plots import Frame, kept_apart, moved_apart, tick_texts, ticks_in
 from personas_tune.report.run import Run, pair_of
 from personas_tune.report.settings import differing, flat
-from personas_tune.report.whiskers import Whisker, draw_whiskers
+from personas_tune.report.whiskers import CIRCLE, DIAMOND, SQUARE, TRIANGLE, Whisker, draw_whiskers
 
 
 @pytest.mark.parametrize("module", [markup, plots])
@@ -38,6 +40,8 @@ def test_text_is_escaped_and_markup_isn_t_and_attributes_always_are() -> None:
 
 def test_control_characters_are_left_out_and_other_scripts_are_not() -> None:
     assert tag("p", "a\x00\x1b\u202eb\n\u00a0\u3000\u4e2d\u05d0") == "<p>ab\n\u00a0\u3000\u4e2d\u05d0</p>"
+    family = "\U0001f468\u200d\U0001f469"  # one picture of two, by a zero-width joiner
+    assert tag("p", family, title=f"\ud800{family}\x07\u2067") == f'<p title="{family}">{family}</p>'
 
 
 def test_numbers_have_a_true_minus_and_no_negative_zero() -> None:
@@ -119,7 +123,7 @@ def run_with(agent: float, baseline: float, low: float | None, high: float | Non
 def test_the_headline_follows_the_paired_interval(agent: float, low: float, high: float, says: str, ends: str) -> None:
     run = run_with(agent, 0.95, low, high)
     assert outcome(run) == says
-    assert sentence(run).endswith(f"{ends}.")
+    assert f"{ends}. The agent is the best of 2, picked on these very test rows;" in sentence(run)
     assert number(agent) in sentence(run)
 
 
@@ -130,6 +134,7 @@ def test_a_regression_that_no_agent_is_compared_with_is_not_the_best_baseline() 
     run.metrics["paired"].append({"a": "hybrid_mine", "b": "hybrid_without_agent", "difference": -0.1})
     assert run.hybrids == {"hybrid_mine": "hybrid_without_agent"}
     assert outcome(run).endswith("than the best baseline, bias")
+    assert [row["name"] for row in run.plain_baselines] == ["bias"]
 
 
 def test_without_an_interval_the_headline_claims_nothing() -> None:
@@ -190,6 +195,29 @@ def test_agents_alike_but_for_their_share_make_a_curve() -> None:
     assert {name: [share for share, _ in points] for name, points in curves.items()} == {"by_all": [0.5, 1.0]}
     said["by_half"]["readout"] = "generate"
     assert share_curves(run) == {}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n_steps", [16, 17])
+def test_losses_are_called_means_only_where_they_are(n_steps: int) -> None:
+    steps = list(range(1, n_steps + 1))
+    table = pa.table({"adapter": ["0"] * n_steps, "step": steps, "loss": [1.0] * n_steps, "n_rows": [1] * n_steps})
+    run = SimpleNamespace(losses={"persona": table})
+    (figure, _) = learning_figures(SimpleNamespace(**vars(run), agents=[], evaluation={}))  # type: ignore[arg-type]
+    assert isinstance(figure, Figure)
+    assert ("means of 16 equal stretches" in figure.says) == (n_steps > 16)
+
+
+def test_shades_are_of_one_scale_and_small_differences_stay_light() -> None:
+    assert shades_of([[0.9, 1.0], [1.0, 0.8]]) == [[pytest.approx(0.375), 0.0], [0.0, pytest.approx(0.75)]]
+    shades = shades_of([[0.947, None], [0.948, 1.0]])
+    assert shades[0] == [pytest.approx(0.75 * (0.001 / 0.948) / 0.05), None]
+    assert shades[1] == [0.0, 0.0]
+
+
+def test_verdicts_have_other_marks_than_predictors() -> None:
+    drawn = {VERDICT_SHAPES[verdict({"low": low, "high": high})] for low, high in ((-2, -1), (1, 2), (-1, 1))}
+    assert len(drawn) == 3
+    assert not drawn & {CIRCLE, SQUARE, TRIANGLE, DIAMOND}
 
 
 def test_examples_are_spread_over_the_personas_and_follow_the_seed() -> None:

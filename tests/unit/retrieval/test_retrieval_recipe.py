@@ -3,8 +3,10 @@ import json
 import numpy as np
 import persona_raft
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from personas_tune.collaborative.neighbours import neighbour_ratings
 from personas_tune.embedding import EmbeddingSettings
 from personas_tune.errors import ConfigError, DataError, MissingInputError
 from personas_tune.llm.settings import ServerSettings
@@ -304,3 +306,16 @@ def test_user_and_item_needs_profiles_and_item_does_not(make_experiment):
     experiment.run(persona_raft)
     with pytest.raises(MissingInputError, match=r"profiles.parquet: file not found; run `tune run persona_distill"):
         experiment.run(persona_raft, "retrieval.query=user_and_item")
+
+
+def test_rows_of_both_splits_get_what_their_neighbours_say(make_experiment):
+    experiment = make_experiment().write()
+    outside = pa.table({"user_id": ["v"] * 9, "item_id": [f"i{n:02}" for n in range(9)], "rating": [1.0, 3.0, 5.0] * 3})
+    pq.write_table(outside, experiment.workspace.outside)
+    experiment.run(persona_raft, "retrieval.neighbours=3")
+    of_split = {name: pa.Table.from_pylist(experiment.samples(name)) for name in ("train", "test")}
+    for rows in of_split.values():
+        options = {"before_target": False, "low": 1, "high": 5}
+        ratings, n_neighbours = neighbour_ratings(rows, of_split["train"], outside, 3, **options)
+        assert rows["neighbours_rating"].to_pylist() == ratings.tolist()
+        assert rows["n_neighbours"].to_pylist() == n_neighbours.tolist()

@@ -20,7 +20,7 @@ def test_a_job_keeps_the_figures_of_its_steps():
         assert [(f.step, f.loss, f.learning_rate, f.n_rows, f.validation_loss) for f in job.history] == [
             (r.step, r.loss, r.learning_rate, r.n_rows, r.validation_loss) for r in mine
         ]
-        assert [f.validation_loss for f in job.history if f.validation_loss is not None] == job.validation_losses
+        assert [r.validation_loss for r in mine if r.validation_loss is not None] == job.validation_losses
 
 
 def test_a_restored_job_has_the_figures_of_an_unbroken_one():

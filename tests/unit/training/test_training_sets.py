@@ -135,6 +135,46 @@ def test_of_rows_that_were_drawn_the_latest_drawn_are_held_out():
     assert latest_share(samples, [0, 2, 3, 5], 0.5) == ([0, 2], [3, 5])
 
 
+KINDS = [
+    {"per": "persona"},
+    {"per": "persona", "shuffle_personas": True},
+    {"per": "persona", "share": 0.4},
+    {"per": "persona", "rows_from": "all"},
+    {"per": "persona", "rows_from": "all", "share": 0.7},
+    {"per": "all"},
+    {"per": "all", "share": 0.4},
+    {"per": "all", "rows": "largest_persona"},
+    {"per": "all", "rows": "smallest_persona"},
+    {"per": "all", "rows": 1},
+]
+
+
+@given(cohorts, st.sampled_from(KINDS), st.sampled_from([0.1, 0.25, 0.5, 0.9]), seeds)
+def test_no_kind_of_set_is_trained_on_what_is_held_out_of_all_rows(samples, kind, share, seed):
+    """The rows that an evaluation may calibrate on are each user's latest of all train rows."""
+    left, latest = latest_share(samples, range(len(samples)), share)
+    settings = {"rows": None, "shuffle_personas": False, **kind}
+    try:
+        plans, assignment = plan_adapter_set(samples, validation_share=share, seed=seed, **settings)
+    except ConfigError:  # a small share leaves a small persona none
+        assume(False)
+    for plan in plans:
+        assert set(plan.rows) <= set(left)
+        assert plan.validation_rows == [i for i in latest if assignment[samples[i].user_id] == plan.adapter]
+
+
+def test_with_rows_held_out_a_personas_size_is_the_rows_it_is_trained_on():
+    samples = samples_of([8, 8, 4], [0, 0, 1])  # of 16 and 4 rows 12 and 3 are left
+    settings = {"shuffle_personas": False, "validation_share": 0.25, "seed": 1}
+    by_persona, _ = plan_adapter_set(samples, per="persona", rows=None, **settings)
+    assert [len(plan.rows) for plan in by_persona] == [12, 3]
+    for rows, n in (("largest_persona", 12), ("smallest_persona", 3), (15, 15), (None, 15)):
+        (plan,), _ = plan_adapter_set(samples, per="all", rows=rows, **settings)
+        assert (len(plan.rows), plan.validation_rows) == (n, [6, 7, 14, 15, 19])
+    with pytest.raises(ConfigError, match=r"^adapter_sets\.single: 16 rows asked for, 15 train rows there"):
+        plan_adapter_set(samples, per="all", rows=16, **settings, where="adapter_sets.single")
+
+
 # The whole plan
 
 

@@ -94,20 +94,22 @@ def test_one_share_has_the_same_rows_however_they_are_grouped():
     assert {samples[i].persona for i in by_persona["1"].rows} == {1}
 
 
-def test_rows_are_held_out_of_the_share_too():
-    samples = samples_of([20], [0])
-    plan = plans_of(samples, share=0.5, validation_share=0.2)["0"]
-    assert (len(plan.rows), len(plan.validation_rows)) == (8, 2)
-    assert max(plan.rows) < min(plan.validation_rows)
+def test_a_share_is_one_of_the_rows_that_are_not_held_out():
+    samples = samples_of([20, 10], [0, 1])
+    plans = plans_of(samples, share=0.5, validation_share=0.2)
+    assert {name: len(plan.rows) for name, plan in plans.items()} == {"0": 8, "1": 4}
+    assert {name: plan.validation_rows for name, plan in plans.items()} == {"0": [16, 17, 18, 19], "1": [28, 29]}
+    assert max(plans["0"].rows) < 16 <= 20 <= min(plans["1"].rows)
+    assert max(plans["1"].rows) < 28
 
 
 def test_an_adapter_without_rows_is_refused_in_a_line():
     samples = samples_of([1, 30, 30], [1, 0, 0])
     (seed, *_) = (seed for seed in range(8) if 0 not in share_of_each_user(samples, 0.1, seed))
     with pytest.raises(ConfigError) as caught:
-        plans_of(samples, share=0.1, seed=seed)
+        plans_of(samples, share=0.1, seed=seed, where="adapter_sets.persona_10")
     assert caught.value.lines == [
-        "adapter_sets: adapter 1 of 1 user(s) gets no row at share 0.1; raise share or lower personas.k"
+        "adapter_sets.persona_10: adapter 1 of 1 user(s) gets no row at share 0.1; raise share or lower personas.k"
     ]
 
 
@@ -117,16 +119,16 @@ def test_an_adapter_without_rows_is_refused_in_a_line():
 @given(cohorts, st.sampled_from([1, 0.6]), st.sampled_from([None, 0.25]), seeds)
 def test_adapters_have_as_many_rows_as_their_personas_have(samples, share, held_out, seed):
     try:
-        own = plans_of(samples, share=share, seed=seed)
+        own = plans_of(samples, share=share, seed=seed, validation_share=held_out)
     except ConfigError:
         return
     from_all = plans_of(samples, rows_from="all", share=share, seed=seed, validation_share=held_out)
     assert list(own) == list(from_all)
-    kept = set(share_of_each_user(samples, share, seed))
+    kept = {index for plan in own.values() for index in plan.rows}
     for adapter, plan in from_all.items():
-        rows = plan.rows + plan.validation_rows
-        assert len(rows) == len(set(rows)) == len(own[adapter].rows)
-        assert set(rows) <= kept
+        assert len(plan.rows) == len(set(plan.rows)) == len(own[adapter].rows)
+        assert set(plan.rows) <= kept
+        assert plan.validation_rows == own[adapter].validation_rows
 
 
 def test_they_come_evenly_from_all_users():
