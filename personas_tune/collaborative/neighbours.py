@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from scipy.sparse import csc_array
 
 from personas_tune.collaborative.factorisation import Penalties, Ratings, fit_biases
+from personas_tune.collaborative.numbering import distinct_ids, places_of
 from personas_tune.errors import DataError
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 _N_FOLDS = 5
-# Chosen on train rows of ml-latest-small (each user's from the 31st on, by what came before): RMSE .890; .896 with a
-# shrinkage of 10 and a damping of .3.
+# Chosen on train rows of ml-latest-small: docs/results.md, "What was tried for better agents".
 _PENALTIES = Penalties(user=2.0, item=6.0)
 _OVERLAP_SHRINKAGE = 30.0
 _DAMPING = 1.0
@@ -117,8 +117,8 @@ def neighbour_ratings(
     Raises:
         DataError: If a user has no train rating, or there are no ratings of other users.
     """
-    item_ids = _distinct(train["item_id"], outside["item_id"], rows["item_id"])
-    items = _places(rows["item_id"], item_ids)
+    item_ids = distinct_ids(train["item_id"], outside["item_id"], rows["item_id"])
+    items = places_of(rows["item_id"], item_ids)
     positions = rows["position"].to_numpy().astype(np.int64)
     asked = _rows_by_user(rows)
     histories = _histories(train, item_ids)
@@ -193,14 +193,14 @@ def _folds(train: pa.Table, outside: pa.Table, item_ids: pa.Array) -> Iterator[t
 
 
 def _pool(tables: list[pa.Table], item_ids: pa.Array) -> _Pool:
-    user_ids = _distinct(*(table["user_id"] for table in tables))
+    user_ids = distinct_ids(*(table["user_id"] for table in tables))
     values = np.concatenate([table["rating"].to_numpy().astype(np.float64) for table in tables])
     if len(values) == 0:
         raise DataError(
             "no ratings of other users to find neighbours in", where="data/", remedy="set retrieval.neighbours=0"
         )
-    users = np.concatenate([_places(table["user_id"], user_ids) for table in tables])
-    items = np.concatenate([_places(table["item_id"], item_ids) for table in tables])
+    users = np.concatenate([places_of(table["user_id"], user_ids) for table in tables])
+    items = np.concatenate([places_of(table["item_id"], item_ids) for table in tables])
     numbered = Ratings(users, items, values, len(user_ids), len(item_ids))
     fitted = fit_biases(numbered, _PENALTIES)
     residuals = values - fitted.predict(users, items)
@@ -210,7 +210,7 @@ def _pool(tables: list[pa.Table], item_ids: pa.Array) -> _Pool:
 
 def _histories(train: pa.Table, item_ids: pa.Array) -> dict[str, _History]:
     train = train.sort_by([("user_id", "ascending"), ("position", "ascending")])
-    items, ratings = _places(train["item_id"], item_ids), train["rating"].to_numpy().astype(np.float64)
+    items, ratings = places_of(train["item_id"], item_ids), train["rating"].to_numpy().astype(np.float64)
     positions = train["position"].to_numpy().astype(np.int64)
     return {user: _History(items[mine], ratings[mine], positions[mine]) for user, mine in _rows_by_user(train).items()}
 
@@ -220,12 +220,3 @@ def _rows_by_user(table: pa.Table) -> dict[str, Indices]:
     order = np.argsort(owners, kind="stable")
     ends = np.cumsum(np.bincount(owners, minlength=len(names)))[:-1]
     return dict(zip(names.tolist(), np.split(order, ends), strict=True))
-
-
-def _distinct(*columns: pa.ChunkedArray) -> pa.Array:
-    chunks = [chunk for column in columns for chunk in column.cast(pa.string()).chunks]
-    return pc.unique(pa.chunked_array(chunks, pa.string())).sort()
-
-
-def _places(ids: pa.ChunkedArray, distinct: pa.Array) -> Indices:
-    return np.asarray(pc.index_in(ids, value_set=distinct).to_numpy(), dtype=np.int64)

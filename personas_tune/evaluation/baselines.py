@@ -16,11 +16,11 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from personas_tune.collaborative.factorisation import Penalties, Ratings, fit_biases, fit_factors
+from personas_tune.collaborative.numbering import distinct_ids, places_of
 from personas_tune.errors import EvaluationError
 from personas_tune.evaluation.prompt_numbers import prompt_numbers
 from personas_tune.evaluation.ridge import cross_validated_ridge, held_out_predictions
@@ -167,34 +167,25 @@ def fit_baselines(
 
 
 def _number_rows(train: pa.Table, outside: pa.Table, test: pa.Table, labels: Floats) -> _Problem:
-    user_ids = _distinct([table["user_id"] for table in (train, outside, test)])
-    item_ids = _distinct([table["item_id"] for table in (train, outside, test)])
+    user_ids = distinct_ids(*(table["user_id"] for table in (train, outside, test)))
+    item_ids = distinct_ids(*(table["item_id"] for table in (train, outside, test)))
 
     def number(table: pa.Table) -> Ratings:
         values = table["rating"].to_numpy().astype(np.float64)
-        numbered = _places(table["user_id"], user_ids), _places(table["item_id"], item_ids)
+        numbered = places_of(table["user_id"], user_ids), places_of(table["item_id"], item_ids)
         return Ratings(*numbered, values, len(user_ids), len(item_ids))
 
     cohort = number(train)
     others = number(outside.sort_by([(name, "ascending") for name in ("user_id", "item_id", "rating")]))
     last = _last_rows(cohort.users)
     earlier, recent = cohort.where(~last), cohort.where(last)
-    asked = _places(test["user_id"], user_ids), _places(test["item_id"], item_ids)
+    asked = places_of(test["user_id"], user_ids), places_of(test["item_id"], item_ids)
     return _Problem(
         final=_Task(cohort, cohort.joined(others), *asked),
         tuning=_Task(earlier, earlier.joined(others), recent.users, recent.items),
         truth=recent.values,
         labels=labels,
     )
-
-
-def _distinct(columns: Sequence[pa.ChunkedArray]) -> pa.Array:
-    chunks = [chunk for column in columns for chunk in column.cast(pa.string()).chunks]
-    return pc.unique(pa.chunked_array(chunks, pa.string())).sort()
-
-
-def _places(ids: pa.ChunkedArray, distinct: pa.Array) -> Indices:
-    return np.asarray(pc.index_in(ids, value_set=distinct).to_numpy(), dtype=np.int64)
 
 
 def _last_rows(owners: Indices) -> NDArray[np.bool_]:
@@ -304,7 +295,7 @@ def _ridge(
 ) -> Baseline:
     features = prompt_numbers(train_samples, train, items, users, historical_average, leave_own_out=True)
     ratings = train_samples["rating"].to_numpy().astype(np.float64)
-    groups = _places(train_samples["user_id"], _distinct([train_samples["user_id"]]))
+    groups = places_of(train_samples["user_id"], distinct_ids(train_samples["user_id"]))
     model = cross_validated_ridge(features, ratings, groups)
     asked = prompt_numbers(test, train, items, users, historical_average, leave_own_out=False)
     tuned = {"alpha": model["ridge"].alpha, "degree": float(model["products"].degree)}

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from personas_tune.evaluation.own_versus_other import own_versus_other_cells, own_versus_other_note
+from personas_tune.evaluation.reading import best_compared, best_of, title_of, verdict
 
 _LEAKY = "leaky (the paper's way)"
 _NONE = "-"
-_VERDICTS = {True: "better", False: "worse", None: "not told apart"}
 _FIGURES = {
     "accuracy": "accuracy",
     "within 1": "within_1",
@@ -85,7 +85,7 @@ def _predictor_row(row: Mapping[str, Any], some_unparsed: bool) -> list[str]:
     errors = [_with_interval(row["rmse"], row["rmse_ci"]), _with_interval(row["mae"], row["mae_ci"])]
     filled = [_number(row["rmse_filled"]), _number(row["mae_filled"])] if some_unparsed else []
     return [
-        _title(row),
+        title_of(row),
         *origin,
         str(row["n"]),
         *errors,
@@ -93,12 +93,6 @@ def _predictor_row(row: Mapping[str, Any], some_unparsed: bool) -> list[str]:
         *filled,
         _number(row["macro_rmse"]),
     ]
-
-
-def _title(row: Mapping[str, Any]) -> str:
-    """A predictor's name; the constant baseline says which label it answers."""
-    label = row.get("tuned", {}).get("label")
-    return row["name"] if label is None else f"{row['name']} {label:g}"
 
 
 def _published(figures: Mapping[str, Any] | None) -> str:
@@ -113,7 +107,7 @@ def _faithfulness_cells(metrics: Mapping[str, Any]) -> tuple[list[str], list[lis
     cells = []
     for row in rows:
         distances = [row["distribution"][each][key] for each in conventions.values() for key in _DISTANCES.values()]
-        cells.append([_title(row), *map(_number, [*(row[key] for key in _FIGURES.values()), *distances])])
+        cells.append([title_of(row), *map(_number, [*(row[key] for key in _FIGURES.values()), *distances])])
     return ["faithfulness", *_FIGURES, *(f"{name}{ending}" for ending in conventions for name in _DISTANCES)], cells
 
 
@@ -127,34 +121,21 @@ def _shown_pairs(metrics: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     paired, agents = metrics["paired"], {agent["name"] for agent in metrics["agents"]}
     if len(paired) <= _MOST_PAIRS:
         return list(paired)
-    compared = {pair["b"] for pair in paired if pair["a"] in agents}
-    rivals = [row for row in metrics["baselines"] if row["name"] in compared]
-    shown = {_best(metrics["agents"]), _best(rivals), "user_item_bias"}
+    best = [row["name"] for row in (best_of(metrics["agents"]), best_compared(metrics)) if row is not None]
+    shown = {*best, "user_item_bias"}
     return [pair for pair in paired if pair["a"] not in agents or {pair["a"], pair["b"]} & shown]
-
-
-def _best(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    return min(rows, key=lambda row: row["rmse_filled"])["name"] if rows else None
 
 
 def _pair_cells(paired: Sequence[Mapping[str, Any]], confidence: str) -> tuple[list[str], list[list[str]]]:
     header = ["agent", "against", f"RMSE difference [{confidence}]", "agent is", f"MAE difference [{confidence}]"]
     rows = []
     for pair in paired:
-        verdict = _VERDICTS[_is_better(pair["low"], pair["high"])]
-        rows.append([pair["a"], pair["b"], _difference(pair), verdict, _difference(pair["mae"])])
+        rows.append([pair["a"], pair["b"], _difference(pair), verdict(pair), _difference(pair["mae"])])
     return header, rows
 
 
 def _difference(found: Mapping[str, Any]) -> str:
     return _with_interval(found["difference"], [found["low"], found["high"]], "+")
-
-
-def _is_better(low: float | None, high: float | None) -> bool | None:
-    """Whether a difference in error is below 0; None when its interval holds 0 or doesn't exist."""
-    if low is None or high is None or low <= 0 <= high:
-        return None
-    return high < 0
 
 
 def _percent(share: float) -> str:

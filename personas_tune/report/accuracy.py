@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from personas_tune.evaluation.reading import title_of, verdict
 from personas_tune.report.figure import HALF, WIDE, Absent, Figure, write_notes, write_panels, write_table
 from personas_tune.report.markup import Child, count, join, number, percent, tag
-from personas_tune.report.run import Pair, Row, Run, pair_of, title_of
+from personas_tune.report.run import Pair, Row, Run, pair_of
 from personas_tune.report.whiskers import CIRCLE, CROSS, DIAMOND, DOWN, PLUS, SQUARE, TRIANGLE, Whisker, draw_whiskers
 
 _NAMES = {"rmse": "RMSE", "mae": "MAE"}
@@ -23,14 +24,6 @@ def accuracy_figures(run: Run) -> list[Figure | Absent]:
         _best_against_all(run),
         _hybrids(run),
     ]
-
-
-def verdict(ends: Mapping[str, float | None]) -> str:
-    """What an interval of a difference in error says of the first of a pair."""
-    low, high = ends["low"], ends["high"]
-    if low is None or high is None or low <= 0 <= high:
-        return "not told apart"
-    return "better" if high < 0 else "worse"
 
 
 def _errors(run: Run, metric: str) -> Figure | Absent:

@@ -4,14 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from personas_tune.evaluation.intervals import Resampling, paired_difference
-from personas_tune.report.accuracy import leak, verdict
+from personas_tune.evaluation.reading import title_of, verdict
+from personas_tune.report.accuracy import leak
 from personas_tune.report.faithful import distribution_panel, shares_in_words, shares_of_best
 from personas_tune.report.faithful_table import value_at
 from personas_tune.report.figure import HALF, WIDE, Absent, Figure, write_notes, write_panels, write_table
 from personas_tune.report.headline import outcome
 from personas_tune.report.markup import Child, Markup, join, number, tag
 from personas_tune.report.page import Section, write_page
-from personas_tune.report.run import Row, Run, title_of
+from personas_tune.report.run import Row, Run
 from personas_tune.report.settings import differing, versions_of
 from personas_tune.report.whiskers import CIRCLE, SQUARE, Whisker, draw_whiskers
 from personas_tune.workspace import sha256_of_file

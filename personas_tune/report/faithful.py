@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from personas_tune.evaluation.reading import title_of
 from personas_tune.report.charts import draw_matrix, draw_pairs
 from personas_tune.report.faithful_table import faithful_table, value_at
 from personas_tune.report.figure import BROAD, SMALL, WIDE, Absent, Figure, write_panels
 from personas_tune.report.markup import Markup, number, percent, tag
 from personas_tune.report.plots import Frame, draw, draw_axes, draw_line, draw_marker, padded, write
-from personas_tune.report.run import Row, Run, title_of
+from personas_tune.report.run import Row, Run
 
 _OLD = "eval/metrics.json doesn’t have it; run persona_eval again"
 _N_BESIDE = 6  # so many small charts fit beside the confusion matrix

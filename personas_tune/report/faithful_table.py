@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from personas_tune.evaluation.reading import title_of
 from personas_tune.report.figure import WIDE, Absent, Figure, write_notes, write_table
 from personas_tune.report.markup import Child, join, number, percent, tag
-from personas_tune.report.run import Row, Run, title_of
+from personas_tune.report.run import Row, Run
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """What was simulated and how it came out, in a line and a few figures."""
 
-from personas_tune.report.accuracy import verdict
+from personas_tune.evaluation.reading import title_of, verdict
 from personas_tune.report.faithful_table import value_at
 from personas_tune.report.markup import Markup, count, number, percent, tag
-from personas_tune.report.run import Row, Run, pair_of, title_of
+from personas_tune.report.run import Row, Run, pair_of
 
 
 def write_headline(run: Run) -> Markup:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from personas_tune.evaluation.reading import best_compared, best_of
 from personas_tune.report.shapes import CLUSTERING, EVAL_MANIFEST, METRICS, PROMPT, damaged, read_shaped
 from personas_tune.report.shapes import MANIFEST as ANY_MANIFEST
 from personas_tune.workspace import COLUMNS, MANIFEST, Workspace, prompt_inputs, read_table
@@ -85,14 +86,12 @@ class Run:
     @property
     def best_agent(self) -> Row | None:
         """The agent with the lowest RMSE over all rows."""
-        return _best(self.agents)
+        return best_of(self.agents)
 
     @property
     def best_baseline(self) -> Row | None:
         """The best of the baselines that agents are compared with."""
-        agents = {row["name"] for row in self.agents}
-        compared = {pair["b"] for pair in self.metrics["paired"] if pair["a"] in agents}
-        return _best([row for row in self.baselines if row["name"] in compared] or self.plain_baselines)
+        return best_compared(self.metrics) or best_of(self.plain_baselines)
 
     @property
     def evaluation(self) -> Mapping[str, Any]:
@@ -176,17 +175,6 @@ def pair_of(run: Run, a: str, b: str) -> Pair | None:
 def _turned(ends: Mapping[str, Any]) -> dict[str, Any]:
     turned = {"difference": ends["difference"], "low": ends["high"], "high": ends["low"]}
     return {key: None if value is None else -value for key, value in turned.items()}
-
-
-def title_of(row: Row) -> str:
-    """A predictor's name in words; the constant baseline says which label it answers."""
-    label = (row.get("tuned") or {}).get("label")
-    return str(row["name"]) if label is None else f"{row['name']} {label:g}"
-
-
-def _best(rows: list[Row]) -> Row | None:
-    measured = [row for row in rows if row["rmse_filled"] is not None]
-    return min(measured, key=lambda row: float(row["rmse_filled"])) if measured else None
 
 
 def _losses(workspace: Workspace) -> list[Path]:

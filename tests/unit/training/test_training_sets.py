@@ -1,10 +1,10 @@
 from collections import Counter
 
 import pytest
+from cohorts import cohorts, per_user, samples_of, seeds
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from personas_tune.datasets import Sample
 from personas_tune.errors import ConfigError, DataError
 from personas_tune.training.sets import (
     ALL_USERS,
@@ -15,26 +15,6 @@ from personas_tune.training.sets import (
     rows_per_adapter,
     subsample_per_user,
 )
-
-
-def samples_of(sizes, personas=None):
-    """Samples of users with so many rows each, ordered by user and position as the files are."""
-    personas = personas or [0] * len(sizes)
-    return [
-        Sample(f"u{user:03}", f"i{position}", position, 3.0, personas[user], ())
-        for user, size in enumerate(sizes)
-        for position in range(size)
-    ]
-
-
-def per_user(samples, rows):
-    return Counter(samples[index].user_id for index in rows)
-
-
-cohorts = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 3)), min_size=1, max_size=12).map(
-    lambda users: samples_of([size for size, _ in users], [persona for _, persona in users])
-)
-seeds = st.integers(0, 2**31)
 
 # Two personas: u000 and u002 with 4 + 2 rows, u001 with 3.
 SMALL = samples_of([4, 3, 2], [0, 1, 0])
