@@ -19,6 +19,7 @@ RECIPES = {
     "persona_raft": "memories retrieved for every rating -> samples/",
     "persona_lora": "samples/ and a base -> adapters/",
     "persona_eval": "adapters/ -> eval/ with the table, report/",
+    "persona_export": "adapters/ -> PEFT folders or merged checkpoints to serve, in export/",
     "persona_base": "a tiny base from nothing (offline use) -> base/",
     "persona_pipeline": "all stages in order",
 }

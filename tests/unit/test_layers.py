@@ -34,8 +34,16 @@ MAY_IMPORT = {
     "adapters": {"errors", "schema", "workspace", "prompts", "datasets"},
     "training": {"errors", "schema", "workspace", "processes", "prompts", "datasets", "adapters"},
     "evaluation": {"errors", "schema", "workspace", "prompts", "datasets", "adapters", "training", "collaborative"},
+    "export": {"errors", "schema", "workspace", "adapters"},
+    "agents": {
+        "errors", "schema", "workspace", "config", "llm", "embedding", "memory", "personas", "retrieval",
+        "collaborative", "prompts", "datasets", "adapters", "training", "evaluation",
+    },
     "report": {"errors", "workspace", "prompts", "datasets", "evaluation"},
-    "doctor": {"errors", "schema", "workspace", "config", "llm", "adapters"},
+    "doctor": {
+        "personas_tune", "errors", "schema", "workspace", "config", "llm", "prompts", "datasets", "adapters",
+        "training",
+    },
     "cli": {"personas_tune", "errors", "workspace", "config", "memory", "report", "doctor"},
 }
 PARTS_WITHOUT_TORCH = (
@@ -68,6 +76,7 @@ HOMES = {
     "sqlite3": {"llm"},
     "sentence_transformers": {"embedding"},
     "spacy": {"personas"},
+    "huggingface_hub": {"export"},
 }
 KNOWS_CONFIGS = {"config", "doctor", "adapters"}  # may see omegaconf
 

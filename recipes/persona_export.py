@@ -1,0 +1,4 @@
+"""Write trained adapters in the forms that others load.
+
+    tune run persona_export --config quickstart.yaml
+"""
