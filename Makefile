@@ -23,8 +23,9 @@ quickstart: $(VENV)/.package
 	@echo "tune is in the environment that was made: begin with  . $(BIN)/activate"
 	@echo "For your own log: personas-tune cp quickstart.yaml mine.yaml, and docs/own_data.md"
 
+# Two at a time, a file's tests together: they share what is costly to make.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: lint types test
 

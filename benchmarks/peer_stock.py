@@ -21,7 +21,7 @@ from torchtune.datasets import PackedDataset
 from torchtune.modules.peft import get_adapter_params
 from torchtune.utils import batch_to_device
 
-from personas_tune.datasets import TokenRow
+from personas_tune.datasets import SharedPrefixDataset, TokenRow
 
 RECIPES = Path(torchtune.__file__).parent.parent / "recipes"  # a package that refuses to be imported
 DEFAULTS = OmegaConf.load(RECIPES / "configs" / "phi3" / "mini_lora_single_device.yaml")
@@ -36,17 +36,20 @@ class StockSettings:
     Args:
         batch_size: Rows or packs of one forward pass.
         rows_per_pack: Rows that are packed into one sequence; 0 for none.
+        rows_per_item: Rows of a user whose prefix is shared, by our dataset and collate function; 0 for none.
         checkpointing: Recompute activations.
         compile: Compile layers and loss.
     """
 
     batch_size: int
     rows_per_pack: int = 0
+    rows_per_item: int = 0
     checkpointing: bool = False
     compile: bool = False
 
     def __str__(self) -> str:
         packed = f" packs of {self.rows_per_pack} rows" if self.rows_per_pack else ""
+        packed += f" items of {self.rows_per_item} rows" if self.rows_per_item else ""
         checkpointing, compile = ", checkpointing" * self.checkpointing, ", compile" * self.compile
         return f"batch {self.batch_size}{packed}{checkpointing}{compile}"
 
@@ -77,7 +80,7 @@ class StockRows(Dataset[Mapping[str, list[int]]]):
 
 
 def stock_dataset(
-    tokenizer: StockTokenizer, *, shape: Mapping[str, Any], packed: bool, max_seq_len: int
+    tokenizer: StockTokenizer, *, shape: Mapping[str, Any], packed: bool, max_seq_len: int, rows_per_item: int
 ) -> Dataset[Any]:
     """The dataset component of the recipe's config.
 
@@ -86,11 +89,15 @@ def stock_dataset(
         shape: Arguments of :class:`rows.RowShape`.
         packed: Pack rows, by torchtune's own dataset.
         max_seq_len: Tokens of a pack.
+        rows_per_item: Rows that share a prefix.
     """
-    return _items(made_up_rows(RowShape(**shape)), max_seq_len if packed else 0)
+    return _items(made_up_rows(RowShape(**shape)), max_seq_len if packed else 0, rows_per_item)
 
 
-def _items(rows: Sequence[TokenRow], pack_length: int) -> Dataset[Any]:
+def _items(rows: Sequence[TokenRow], pack_length: int, rows_per_item: int) -> Dataset[Any]:
+    if rows_per_item:
+        users = [str(row.tokens[:8]) for row in rows]  # whose made-up prefixes differ from the start
+        return SharedPrefixDataset(rows, users, rows_per_item=rows_per_item)
     dataset = StockRows(rows)
     return PackedDataset(dataset, max_seq_len=pack_length, padding_idx=PAD_ID) if pack_length else dataset
 
@@ -142,7 +149,7 @@ class Stock:
         settings: StockSettings,
         folder: Path,
     ) -> None:
-        rows_per_batch = settings.batch_size * (settings.rows_per_pack or 1)
+        rows_per_batch = settings.batch_size * (settings.rows_per_pack or settings.rows_per_item or 1)
         if rows_per_step % rows_per_batch:
             raise ValueError(f"a step of {rows_per_step} rows can't be cut into {settings}")
         longest = max(len(row.tokens) for row in made_up_rows(shape))
@@ -158,7 +165,9 @@ class Stock:
                 "shape": asdict(shape),
                 "packed": settings.rows_per_pack > 0,
                 "max_seq_len": self.pack_length,
+                "rows_per_item": settings.rows_per_item,
             },
+            **({"collate_fn": "personas_tune.datasets.collate_shared_prefixes"} if settings.rows_per_item else {}),
             "metric_logger": {"_component_": "peer_stock.StepClock", "device": machine.device.type},
             "seed": 0,
             "epochs": 1,
@@ -183,7 +192,7 @@ class Stock:
         """By the recipe's own collate function and loss step."""
         restore(self.adapter, self.weights)
         with _quiet():
-            dataset: Any = _items(rows, self.pack_length)
+            dataset: Any = _items(rows, self.pack_length, self.settings.rows_per_item)
         items, size = [dataset[index] for index in range(len(dataset))], self.settings.batch_size
         n_tokens = sum(len(row.answer) for row in rows)
         total = 0.0

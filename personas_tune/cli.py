@@ -74,7 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report.add_argument("folder", type=Path, metavar="DIR", help="the output_dir of an experiment")
     report.add_argument("--against", type=Path, metavar="OTHER", help="the output_dir of another")
     doctor = commands.add_parser("doctor", help="say what is missing on this machine, with the mending command")
-    doctor.add_argument("--config", help="also check what this experiment needs")
+    doctor.add_argument("--config", help="also check what this experiment needs, and whether it would fit")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the config")
+    doctor.add_argument("--gpu-memory", type=float, metavar="GB", help="ask about such a GPU instead of this machine's")
     parsed = parser.parse_args(arguments)
     if parsed.command == "ls":
         sys.exit(exit_status_of(list_bundled))
@@ -90,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(exit_status_of(lambda: show_report(parsed.folder, parsed.against)))
     from personas_tune.doctor import print_findings
 
-    sys.exit(exit_status_of(lambda: print_findings(parsed.config)))
+    sys.exit(exit_status_of(lambda: print_findings(parsed.config, parsed.overrides, parsed.gpu_memory)))
 
 
 def _purpose_of(config: Path) -> str:

@@ -15,7 +15,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr
 from importlib import resources
 from io import StringIO
@@ -28,7 +28,7 @@ from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
 from personas_tune.addresses import bare_address
-from personas_tune.errors import ConfigError, PersonasTuneError, raise_together
+from personas_tune.errors import ConfigError, MissingInputError, PersonasTuneError, raise_together
 from personas_tune.processes import Processes, joined
 from personas_tune.schema import Experiment
 
@@ -36,6 +36,7 @@ EXIT_USER_ERROR = 2
 _RANK_0_SPEAKS_WITHIN = 120  # seconds
 BUNDLED_CONFIGS = "personas_tune.configs"
 BUNDLED_BASES = "bundled://"
+RECORDED_CONFIG = "torchtune_config.yaml"  # what torchtune's metric loggers call it
 MAX_NAMED = 12  # known keys in a message
 
 
@@ -81,6 +82,41 @@ def load_experiment(config: str, overrides: Sequence[str] = ()) -> DictConfig:
         SeveralErrors: For several mistakes.
     """
     path = find_config(config)
+    cfg = _read_yaml(path)
+    for override in overrides:
+        cfg = _apply_override(cfg, override)
+    return check_experiment(cfg, where=str(path), overrides=overrides)
+
+
+def load_recorded(output_dir: Path, sections: Mapping[str, Any], overrides: Sequence[str] = ()) -> DictConfig:
+    """The experiment that was last trained in a folder, as torchtune's metric loggers recorded it there.
+
+    Args:
+        output_dir: The folder, which may have been moved since.
+        sections: What a later stage was run with, put into the recorded sections.
+        overrides: As for :func:`load_experiment`.
+
+    Raises:
+        MissingInputError: If nothing is recorded there.
+        ConfigError: For an unreadable record or one mistake.
+        SeveralErrors: For several mistakes.
+    """
+    path = output_dir / RECORDED_CONFIG
+    if not path.is_file():
+        raise MissingInputError(
+            "no trained experiment in this folder",
+            where=str(path),
+            remedy="run `tune run persona_lora --config ...` first, or give the experiment's config, not its folder",
+        )
+    cfg = _read_yaml(path)
+    for key, value in {**sections, "output_dir": str(output_dir)}.items():
+        OmegaConf.update(cfg, key, value, merge=True)
+    for override in overrides:
+        cfg = _apply_override(cfg, override)
+    return check_experiment(cfg, where=str(path), overrides=overrides)
+
+
+def _read_yaml(path: Path) -> DictConfig:
     try:
         cfg = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
@@ -89,13 +125,16 @@ def load_experiment(config: str, overrides: Sequence[str] = ()) -> DictConfig:
         raise ConfigError(
             "not a mapping of keys to values", where=str(path), remedy="see `personas-tune cp quickstart.yaml .`"
         )
-    for override in overrides:
-        cfg = _apply_override(cfg, override)
-    return check_experiment(cfg, where=str(path))
+    return cfg
 
 
-def check_experiment(cfg: DictConfig, where: str) -> DictConfig:
+def check_experiment(cfg: DictConfig, where: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Check a config against the schema and fill in the defaults.
+
+    Args:
+        cfg: With the overrides in it.
+        where: The file, for messages.
+        overrides: As for :func:`load_experiment`: a mistake in what they set is told of them.
 
     Raises:
         ConfigError: For one mistake.
@@ -108,7 +147,7 @@ def check_experiment(cfg: DictConfig, where: str) -> DictConfig:
     try:
         experiment = Experiment.model_validate(resolved)
     except ValidationError as error:
-        raise_together(_mistakes(error.errors(), where, plain(cfg)))
+        raise_together(_mistakes(error.errors(), where, plain(cfg), overrides))
         raise
     checked = OmegaConf.create(_with_references(experiment.model_dump(), plain(cfg)))
     assert isinstance(checked, DictConfig)
@@ -332,10 +371,11 @@ def _apply_override(cfg: DictConfig, override: str) -> DictConfig:
     if not separator or not key:
         raise ConfigError("not of the form key=value", where=f"override {override!r}", remedy="write key=value or ~key")
     current = OmegaConf.select(cfg, key)
-    if isinstance(current, DictConfig) and "_component_" in current and not value.lstrip().startswith("{"):
-        key += "._component_"
     if value == "None":  # as torchtune does
         value = "null"
+    is_component = isinstance(current, DictConfig) and "_component_" in current
+    if is_component and value != "null" and not value.lstrip().startswith("{"):
+        key += "._component_"
     if key.endswith("max_filename"):  # so does this: the zeros that lead 00002 belong to file names
         value = f"!!str {value}"
     if isinstance(current, ListConfig):  # replaced by whatever is given, not merged with it
@@ -369,13 +409,28 @@ def _bad_reference(error: OmegaConfBaseException, where: str) -> ConfigError:
     return ConfigError(f"{key}: {what}", where=where, remedy=remedy)
 
 
-def _mistakes(entries: Sequence[Any], where: str, written: Any) -> list[PersonasTuneError]:
+def _mistakes(
+    entries: Sequence[Any], where: str, written: Any, overrides: Sequence[str] = ()
+) -> list[PersonasTuneError]:
     """pydantic's error entries as our errors, one a key: a union reports every one of its members."""
     by_key: dict[str, list[Any]] = {}
     for entry in entries:
         key = ".".join(str(part) for part in entry["loc"] if not _is_union_tag(str(part)))
         by_key.setdefault(key, []).append(entry)
-    return [mistake for key, group in by_key.items() for mistake in _mistakes_at(key, group, where, written)]
+    return [
+        mistake
+        for key, group in by_key.items()
+        for mistake in _mistakes_at(key, group, lambda at: _override_of(at, overrides) or where, written)
+    ]
+
+
+def _override_of(key: str, overrides: Sequence[str]) -> str | None:
+    """The override that a mistake at a key comes from, the last one that sets it or something below or above it."""
+    for override in reversed(overrides):
+        set_key = override.partition("=")[0]
+        if key and (f"{key}.".startswith(f"{set_key}.") or f"{set_key}.".startswith(f"{key}.")):
+            return f"override {override!r}"
+    return None
 
 
 def _as_written(location: Sequence[Any], written: Any, given: Any) -> Any:
@@ -388,14 +443,17 @@ def _as_written(location: Sequence[Any], written: Any, given: Any) -> Any:
     return written if isinstance(written, str) and "${" in written else given
 
 
-def _mistakes_at(key: str, entries: Sequence[Any], where: str, written: Any) -> list[PersonasTuneError]:
-    kind, message = entries[0]["type"], entries[0]["msg"].removeprefix("Value error, ")
+def _mistakes_at(
+    key: str, entries: Sequence[Any], where_set: Callable[[str], str], written: Any
+) -> list[PersonasTuneError]:
+    kind, message, where = entries[0]["type"], entries[0]["msg"].removeprefix("Value error, "), where_set(key)
     if kind == "extra_forbidden":
         return [ConfigError(f"unknown key {key}", where=where, remedy=_nearest_key(entries[0]["loc"]))]
     if kind == "missing":
         return [ConfigError(f"key {key} is missing", where=where, remedy=f"add {key}: ...")]
     if kind == "value_error":
-        return [ConfigError(f"{key}: {line}" if key else line, where=where) for line in message.splitlines()]
+        lines = [f"{key}: {line}" if key else line for line in message.splitlines()]
+        return [ConfigError(line, where=where_set(line.partition(":")[0])) for line in lines]
     if key.endswith(".[key]") or kind == "invalid_key":
         remedy = f"use {_should_be(entries[0])}" if kind == "literal_error" else "put it in quotes if it is a name"
         return [ConfigError(f"unknown key {key.removesuffix('.[key]')}", where=where, remedy=remedy)]

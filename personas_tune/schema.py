@@ -5,6 +5,9 @@ One YAML holds every stage's section. Sections that name torchtune components (`
 mistyped key is an error.
 """
 
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -18,6 +21,11 @@ PREDICTORS = (
     "constant", "global_mean", "user_mean", "item_mean", "user_item_bias", "matrix_factorisation",
     "ridge_prompt_numbers", "neighbours", "without_agent", "bayes_optimal",
 )  # fmt: skip
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else f"under adapter_sets: {', '.join(known) or 'none'}"
 
 
 class Section(BaseModel):
@@ -244,6 +252,7 @@ class AdapterSet(Section):
     share: float = Field(default=1, gt=0, le=1)  # of each user's rows
     start_from: str | None = None  # a set with one adapter for all users, trained before: where these adapters begin
     shuffle_personas: bool = False  # control: the same group sizes, users dealt out at random
+    peft: str | None = None  # a PEFT folder, or one with a PEFT folder per persona: imported in the place of training
     base: str | None = None
 
     @model_validator(mode="after")
@@ -264,6 +273,14 @@ class AdapterSet(Section):
             raise ValueError("rows of all users make no groups to shuffle; set rows_from: all or shuffle_personas")
         if self.rows is not None and self.share != 1:
             raise ValueError(f"rows {self.rows} and share {self.share:g} both say how many rows; set one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _imports_are_not_trained(self) -> "AdapterSet":
+        of_training = {"rows": None, "rows_from": "own", "share": 1, "start_from": None, "shuffle_personas": False}
+        given = [key for key, default in of_training.items() if getattr(self, key) != default]
+        if self.peft is not None and given:
+            raise ValueError(f"with peft nothing is trained, so {given[0]} has no effect; leave one of them out")
         return self
 
 
@@ -354,6 +371,38 @@ class BaseTraining(Section):
         return self
 
 
+class Export(Section):
+    """What ``persona_export`` writes."""
+
+    sets: list[str] | None = None  # null: every entry of adapter_sets
+    adapters: list[str] | None = None  # of each set; null: all
+    format: Literal["auto", "peft", "merged"] = "auto"  # auto: PEFT, but DoRA merged, since vLLM refuses it
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None  # null: an adapter's own fp32; merged, the base's
+    max_rank: int | None = Field(default=None, ge=1)  # lossy: cuts larger ranks by SVD
+    base_name: str | None = Field(default=None, min_length=1)  # as cards and servers call the base
+    license: str | None = Field(default=None, min_length=1)  # null: what the base's own card says
+    push_to: str | None = None  # owner/prefix on the Hub
+    private: bool = True
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _yaml_reads_names_as_numbers(cls, value: object) -> object:
+        return [str(name) if isinstance(name, int) else name for name in value] if isinstance(value, list) else value
+
+    @field_validator("push_to")
+    @classmethod
+    def _repositories_have_an_owner(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[\w-]+/[\w-]([\w.-]*[\w-])?", value, re.ASCII):
+            raise ValueError(f"{value!r} names no repositories of the Hub; write owner/prefix")
+        return value
+
+    @model_validator(mode="after")
+    def _merged_weights_have_no_rank(self) -> Self:
+        if self.format == "merged" and self.max_rank is not None:
+            raise ValueError("a merged checkpoint has no rank to cut; leave out max_rank, or set format: peft")
+        return self
+
+
 class Experiment(Section):
     """The whole YAML."""
 
@@ -400,6 +449,7 @@ class Experiment(Section):
     agents: dict[str, Agent] = Field(default_factory=dict)
     stages: list[str] | None = None  # what persona_pipeline runs; all of them by default
     evaluation: Evaluation = Field(default_factory=Evaluation)
+    export: Export = Field(default_factory=Export)
 
     @model_validator(mode="after")
     def _names_must_refer_to_something(self) -> "Experiment":
@@ -425,6 +475,11 @@ class Experiment(Section):
             for name in self.evaluation.hybrids
             if name not in self.agents
         ]
+        problems += [
+            f"export.sets: no adapter set {name!r}; {_nearest(name, self.adapter_sets)}"
+            for name in self.export.sets or []
+            if name not in self.adapter_sets
+        ]
         problems += [why for name in self.adapter_sets if (why := self._why_no_start(name))]
         problems += [why for name in self.evaluation.own_versus_other if (why := self._why_not_crosswise(name))]
         if problems:
@@ -439,7 +494,7 @@ class Experiment(Section):
         fitting = [
             other
             for other in before[: before.index(name)]
-            if self.adapter_sets[other].per == "all" and self.adapter_sets[other].base == self.adapter_sets[name].base
+            if self._can_begin_at(name, other) and self.adapter_sets[other].base == self.adapter_sets[name].base
         ]
         if start in fitting:
             return ""
@@ -447,6 +502,11 @@ class Experiment(Section):
         return (
             f"adapter_sets.{name}.start_from: no set of one adapter {start!r} on that base above it; such are: {known}"
         )
+
+    def _can_begin_at(self, name: str, other: str) -> bool:
+        """Whether each adapter of a set finds one to begin with: the only one, or an imported one of its persona."""
+        mine, start = self.adapter_sets[name], self.adapter_sets[other]
+        return start.per == "all" or (start.peft is not None and mine.per == "persona")
 
     def _why_not_crosswise(self, agent: str) -> str:
         """Why an agent can't be measured with the adapters of other personas; empty if it can."""

@@ -54,6 +54,7 @@ STAGE_RECIPES = {
     "adapters": "persona_lora",
     "eval": "persona_eval",
     "report": "persona_eval",
+    "export": "persona_export",
     "base": "persona_base",
 }
 

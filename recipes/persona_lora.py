@@ -32,10 +32,19 @@ from personas_tune.adapters.base_model import (
     load_base,
     missing_base_files,
 )
-from personas_tune.adapters.files import NATIVE_FILE, load_native, lora_shape, save_adapter
+from personas_tune.adapters.files import (
+    NATIVE_FILE,
+    BaseRecord,
+    load_native,
+    lora_shape,
+    record_base,
+    save_adapter,
+)
+from personas_tune.adapters.importing import check_import, import_peft
 from personas_tune.adapters.sharding import is_sharded
 from personas_tune.datasets import RatingDataset, RatingSource
-from personas_tune.errors import Interrupted, raise_together
+from personas_tune.errors import Interrupted, PersonasTuneError, raise_together
+from personas_tune.export.base_weights import weight_files, weight_reader
 from personas_tune.processes import Processes, take_own_device
 from personas_tune.schema import MemoriesSeen
 from personas_tune.training.checkpoints import Checkpoint, Checkpoints, Origin, Part, checkpoint_folder
@@ -48,9 +57,10 @@ from personas_tune.training.fit import (
     require_token_loss,
     train_steps,
 )
+from personas_tune.training.imports import peft_folders, peft_inputs
 from personas_tune.training.meetings import Meetings
 from personas_tune.training.schedule import Progress, checkpoint_turns
-from personas_tune.training.sets import ALL_USERS, AdapterPlan, plan_adapter_set
+from personas_tune.training.sets import ALL_USERS, AdapterPlan, assign_users_to_adapters, plan_adapter_set
 from personas_tune.training.state import job_state, process_state, restore_job, restore_process
 from personas_tune.training.step_log import StepLog, losses_table
 from personas_tune.training.stopping import sigterm_in_a_line, stop_requests
@@ -58,6 +68,7 @@ from personas_tune.training.teams import Place, Team, form_team, place_adapters
 from personas_tune.workspace import (
     Stage,
     Workspace,
+    absolute_path,
     full_disk_in_a_line,
     missing_inputs,
     open_stage,
@@ -105,7 +116,9 @@ class PersonaLoraRecipe:
         self._resume: bool | str | None = cfg.resume_from_checkpoint
         self._sharded = self.processes.from_first(self._find_sharded)
         self._bases: dict[str | None, BaseModel] = {}
+        self._records: dict[str | None, BaseRecord] = {}
         self._datasets: dict[tuple[str | None, str], RatingDataset] = {}
+        self.processes.from_first(self._check_imports)
 
     @property
     def _base_names(self) -> list[str | None]:
@@ -126,16 +139,68 @@ class PersonaLoraRecipe:
             missing += missing_base_files(**config.base_sections(self.cfg, base))
         raise_together(missing)
 
+    def _check_imports(self) -> None:
+        """Tell all that can't be imported before anything is trained or written."""
+        problems: list[PersonasTuneError] = []
+        for name, adapter_set in self.cfg.adapter_sets.items():
+            if adapter_set.peft is None:
+                continue
+            sections = config.base_sections(self.cfg, adapter_set.base)
+            try:
+                read = weight_reader(weight_files(checkpoint_inputs(**sections)))
+                for folder in self._peft_folders(name).values():
+                    check_import(sections["model"], sections["checkpointer"], folder, read)
+            except PersonasTuneError as error:
+                problems.append(error)
+        raise_together(problems)
+
+    def make_set(self, name: str) -> None:
+        """Train or import one adapter set, or say that it is up to date."""
+        if self.cfg.adapter_sets[name].peft is None:
+            self.train_set(name)
+        else:
+            self.import_set(name)
+
+    def import_set(self, name: str) -> None:
+        """Import one adapter set from PEFT folders, or say that it is up to date."""
+        adapter_set = self.cfg.adapter_sets[name]
+        folders, assignment = self._peft_folders(name), self._assignment_of(name)
+        files = checkpoint_inputs(**config.base_sections(self.cfg, adapter_set.base))
+        inputs = [self.workspace.train_samples, *files, *peft_inputs(folders)]
+        settings = {
+            **self._settings_of_base(adapter_set.base),
+            "adapter_set": {**config.plain(adapter_set), "peft": True},  # its path doesn't count, its files do
+        }
+        opened = partial(open_stage, self.workspace.adapter_set(name), settings, inputs, seed=self.cfg.seed)
+        with self.processes.held_by_first(opened) as stage:
+            if stage.is_current:
+                self._say(f"adapters/{name} is up to date")
+                return
+            base, read = self._base(adapter_set.base), weight_reader(weight_files(files))
+            if not self.processes.is_first:
+                return
+            for adapter, folder in folders.items():
+                bank_name = f"{name}/{adapter}"
+                import_peft(base, bank_name, folder, seed=self.cfg.seed, base_weight=read)
+                record = {"rows": 0, "steps": 0, "validation_losses": [], "imported_from": str(folder)}
+                self._save(base, bank_name, stage, self._records[adapter_set.base], record)
+                base.bank.remove(bank_name)
+            self._write_assignment(stage, assignment)
+        self._say(f"adapters/{name}: imported {', '.join(map(str, folders.values()))}")
+
+    def _assignment_of(self, name: str) -> dict[str, str]:
+        """Each user's adapter in an imported set."""
+        per = self.cfg.adapter_sets[name].per
+        return assign_users_to_adapters(self.samples, per=per, shuffle_personas=False, seed=self.cfg.seed)
+
+    def _peft_folders(self, name: str) -> dict[str, Path]:
+        path = absolute_path(self.cfg.adapter_sets[name].peft)
+        return peft_folders(path, self._assignment_of(name), where=f"adapter_sets.{name}.peft")
+
     def train_set(self, name: str) -> None:
         """Train one adapter set, or say that it is up to date."""
         adapter_set = self.cfg.adapter_sets[name]
         settings = self._settings_of(name)
-        inputs = [
-            *prompt_inputs(self.workspace),
-            *checkpoint_inputs(**config.base_sections(self.cfg, adapter_set.base)),
-        ]
-        if (begun := self._start_of(name)) is not None:
-            inputs.append(begun / NATIVE_FILE)
         plans, assignment = plan_adapter_set(
             self.samples,
             per=adapter_set.per,
@@ -147,6 +212,13 @@ class PersonaLoraRecipe:
             share=adapter_set.share,
             where=f"adapter_sets.{name}",
         )
+        inputs = [
+            *prompt_inputs(self.workspace),
+            *checkpoint_inputs(**config.base_sections(self.cfg, adapter_set.base)),
+            *sorted(
+                {begun / NATIVE_FILE for plan in plans if (begun := self._start_of(name, plan.adapter)) is not None}
+            ),
+        ]
         sharded = self._sharded[adapter_set.base]
         parallel = "fsdp" if sharded else self.cfg.parallel
         places = place_adapters([len(plan.rows) for plan in plans], self.processes.size, parallel)
@@ -167,9 +239,7 @@ class PersonaLoraRecipe:
             start = self._find_checkpoint(name, checkpoints)
             self._train_plans(name, plans, places, stage, checkpoints, start)
             if self.processes.is_first:
-                stage.write_table(
-                    "assignment.parquet", pa.table({"user_id": list(assignment), "adapter": list(assignment.values())})
-                )
+                self._write_assignment(stage, assignment)
         if self.processes.is_first:
             checkpoints.remove()
 
@@ -181,13 +251,16 @@ class PersonaLoraRecipe:
             **config.settings_of(self.cfg, *TRAINING_KEYS),
             **self._settings_of_base(adapter_set.base),
             "training": {key: value for key, value in section.items() if key not in WITHOUT_EFFECT},
-            "adapter_set": config.plain(adapter_set),
+            "adapter_set": {key: value for key, value in config.plain(adapter_set).items() if key != "peft"},
         }
 
-    def _start_of(self, name: str) -> Path | None:
-        """The folder of the adapter that those of a set begin with; None for fresh ones."""
+    def _start_of(self, name: str, adapter: str) -> Path | None:
+        """The folder of the adapter that one of a set begins with; None for a fresh one."""
         start = self.cfg.adapter_sets[name].start_from
-        return None if start is None else self.workspace.adapter_set(start) / ALL_USERS
+        if start is None:
+            return None
+        is_shared = self.cfg.adapter_sets[start].per == "all"
+        return self.workspace.adapter_set(start) / (ALL_USERS if is_shared else adapter)
 
     def _checkpoints(
         self, name: str, settings: dict[str, Any], inputs: Sequence[Path], shared: dict[str, str]
@@ -250,7 +323,12 @@ class PersonaLoraRecipe:
         for job in jobs:
             if team.leads:
                 with full_disk_in_a_line(stage.folder):
-                    self._save(base, job, stage)
+                    record = {
+                        "rows": len(job.rows),
+                        "steps": job.steps_done,
+                        "validation_losses": job.validation_losses,
+                    }
+                    self._save(base, job.name, stage, self._records[adapter_set.base], record)
             base.bank.remove(job.name)
         for names in self.processes.gather(stage.written):
             stage.include(names)
@@ -318,7 +396,7 @@ class PersonaLoraRecipe:
     def _job(self, base: BaseModel, dataset: RatingDataset, set_name: str, plan: AdapterPlan, team: Team) -> AdapterJob:
         name = f"{set_name}/{plan.adapter}"
         adapter = base.bank.add_new(name, self.cfg.seed, stream=team.index)
-        if (start := self._start_of(set_name)) is not None:
+        if (start := self._start_of(set_name, plan.adapter)) is not None:
             base.bank.start_from(name, load_native(start), where=str(start))
         team.spread(adapter.masters.values())  # GPUs of different kinds may draw different weights
         optimizer = config.instantiate(
@@ -391,13 +469,19 @@ class PersonaLoraRecipe:
     def _base(self, name: str | None) -> BaseModel:
         if name not in self._bases:
             self._bases.clear()  # one base in memory at a time
+            sections = config.base_sections(self.cfg, name)
+            files = checkpoint_inputs(**sections)
             self._bases[name] = load_base(
-                **config.base_sections(self.cfg, name),
+                **sections,
                 device=self.cfg.device,
                 dtype=self.cfg.dtype,
                 enable_activation_checkpointing=self.cfg.enable_activation_checkpointing,
                 compile=self.cfg.compile,
                 sharded=self._sharded[name],
+            )
+            base = self._bases[name]
+            self._records[name] = self.processes.from_first(
+                lambda: record_base(base.model_type, base.checkpoint_dir, files)
             )
         return self._bases[name]
 
@@ -416,24 +500,17 @@ class PersonaLoraRecipe:
         profiler, _ = config.instantiate(self.cfg, "profiler")
         return profiler
 
-    def _save(self, base: BaseModel, job: AdapterJob, stage: Stage) -> None:
-        folder = _adapter_of(job)
-        for file in save_adapter(
-            stage.path(f"{folder}/adapter.safetensors").parent,
-            base.bank[job.name].state_dict(),
-            lora_shape(base.model),
-            model_type=base.model_type,
-            base_model=str(base.checkpoint_dir),
-        ):
+    def _save(self, base: BaseModel, name: str, stage: Stage, trained_on: BaseRecord, record: dict[str, Any]) -> None:
+        folder = name.rpartition("/")[2]
+        weights = base.bank[name].state_dict()
+        path = stage.path(f"{folder}/{NATIVE_FILE}").parent
+        for file in save_adapter(path, weights, lora_shape(base.model), trained_on):
             stage.path(f"{folder}/{file}")
-        stage.write_json(
-            f"{folder}/training.json",
-            {
-                "rows": len(job.rows),
-                "steps": job.steps_done,
-                "validation_losses": job.validation_losses,
-            },
-        )
+        stage.write_json(f"{folder}/training.json", record)
+
+    def _write_assignment(self, stage: Stage, assignment: dict[str, str]) -> None:
+        table = pa.table({"user_id": list(assignment), "adapter": list(assignment.values())})
+        stage.write_table("assignment.parquet", table)
 
     def _say(self, text: str) -> None:
         if self.processes.is_first:
@@ -469,7 +546,7 @@ def recipe_main(cfg: DictConfig, processes: Processes) -> None:
     with sigterm_in_a_line():
         recipe = PersonaLoraRecipe(cfg, processes)
         for name in cfg.adapter_sets:
-            recipe.train_set(name)
+            recipe.make_set(name)
 
 
 if __name__ == "__main__":

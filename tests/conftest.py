@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,14 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = TinyBaseShape(**TINY)
     save_tiny_base(build_tiny_base(shape, seed=1), shape, tokenizer.special_tokens, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Train tokenizers in the files of real ones, each once; kinds as in ``published.Published``."""
+    from published import write_tokenizer
+
+    return cache(lambda kind: write_tokenizer(kind, tmp_path_factory.mktemp(kind)))
 
 
 @pytest.fixture

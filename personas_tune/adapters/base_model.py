@@ -24,14 +24,20 @@ from personas_tune.datasets.tiktoken_files import read_afresh
 from personas_tune.datasets.tokens import ChatTokenizer
 from personas_tune.errors import CheckpointError, ConfigError, MissingInputError, PersonasTuneError, raise_together
 
-# Where `tune download` gets the checkpoint that a torchtune model builder is made for.
+# Where `tune download` gets the checkpoint that a torchtune model builder is made for; tuned for chat, all of them.
 HUB_NAMES = {
     "phi3_mini": "microsoft/Phi-3-mini-4k-instruct",
     "llama3_8b": "meta-llama/Meta-Llama-3-8B-Instruct",
     "llama3_2_1b": "meta-llama/Llama-3.2-1B-Instruct",
     "llama3_2_3b": "meta-llama/Llama-3.2-3B-Instruct",
     "qwen2_5_0_5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2_5_1_5b_instruct": "Qwen/Qwen2.5-1.5B-Instruct",
+    "qwen2_5_3b": "Qwen/Qwen2.5-3B-Instruct",
 }
+
+# Of a repository's owner, what else `tune download` is told: who may have it must be known, and Meta's repositories
+# hold all weights a second time in Meta's own format.
+DOWNLOAD_FLAGS = {"meta-llama": " --ignore-patterns 'original/consolidated*' --hf-token \"$HF_TOKEN\""}
 
 # Of a GPU's memory, for a base that is to leave room for adapters and activations.
 LARGEST_SHARE = 0.7
@@ -107,14 +113,12 @@ def load_base(
     # The bank marks what is trainable before weights come in, so that none of the base is.
     bank = AdapterBank(network)
     if enable_activation_checkpointing:
-        from torchtune.modules import TransformerSelfAttentionLayer
-
-        training.set_activation_checkpointing(network, auto_wrap_policy={TransformerSelfAttentionLayer})
+        _recompute_layers(network)
     if sharded:
         _load_sharded(network, checkpointer, torch_device)
     else:
         _load_weights(network, checkpointer)
-    chat = _load_tokenizer(tokenizer, network)
+    chat = load_tokenizer(tokenizer, network)
     if compile:
         # A layer runs on whole rows, prefixes and branches, first and other lengths, with and without a gradient of
         # its input: ten variants. torch gives up at 8 by default, and runs the rest uncompiled.
@@ -150,14 +154,40 @@ def is_to_be_sharded(parallel: str, n_processes: int, model: Mapping[str, Any], 
 
 def size_of_base(model: Mapping[str, Any], dtype: str) -> int:
     """Bytes of a base's weights on a device; nothing is loaded."""
+    return size_of_weights(build_on_meta(model, dtype))
+
+
+def build_on_meta(
+    model: Mapping[str, Any], dtype: str, *, enable_activation_checkpointing: bool = False
+) -> nn.Module:
+    """A base's network without weights: names, shapes and types of all of them, on the meta device.
+
+    Raises:
+        ConfigError: If the model builder doesn't take its arguments.
+    """
     with training.set_default_dtype(training.get_dtype(dtype, device=torch.device("cpu"))), torch.device("meta"):
-        network = _instantiate(model, "model")
+        network: nn.Module = _instantiate(model, "model")
+    if enable_activation_checkpointing:
+        _recompute_layers(network)
+    return network
+
+
+def _recompute_layers(network: nn.Module) -> None:
+    from torchtune.modules import TransformerSelfAttentionLayer
+
+    training.set_activation_checkpointing(network, auto_wrap_policy={TransformerSelfAttentionLayer})
+
+
+def size_of_weights(network: nn.Module) -> int:
+    """Bytes of a network's frozen weights, adapters left out."""
     adapters = get_adapter_params(network)
     return sum(_n_bytes(weight) for name, weight in network.named_parameters() if name not in adapters)
 
 
 def _n_bytes(weight: Tensor) -> int:
-    return weight.numel() // 2 if isinstance(weight, NF4Tensor) else weight.numel() * weight.element_size()
+    if isinstance(weight, NF4Tensor):  # half a byte each, and a factor per block
+        return sum(int(getattr(weight, part).nbytes) for part in weight.__tensor_flatten__()[0])
+    return weight.numel() * weight.element_size()
 
 
 def missing_base_files(
@@ -166,7 +196,8 @@ def missing_base_files(
     """What of a base's files isn't there, each with the command that gets it."""
     folder = _checkpoint_dir(checkpointer)
     command = download_command(str(model.get("_component_", "")), folder)
-    remedy = f"get it with `{command}`, or set checkpointer.checkpoint_dir and tokenizer.path to your copy"
+    keys = ["checkpointer.checkpoint_dir", *(f"tokenizer.{key}" for key in TOKENIZER_FILES if tokenizer.get(key))]
+    remedy = f"get it with `{command}`, or set {' and '.join(keys)} to your copy"
     missing = [file for file in _base_files(tokenizer, checkpointer) if not file.is_file()]
     if folder.is_dir():
         return [MissingInputError("file not found", where=str(file), remedy=remedy) for file in missing]
@@ -193,8 +224,9 @@ def checkpoint_inputs(
 def download_command(component: str, folder: Path) -> str:
     """The ``tune download`` command for a model builder's checkpoint."""
     builder = component.rpartition(".")[2].removeprefix("qlora_").removeprefix("lora_")
-    repository = next((hub for name, hub in HUB_NAMES.items() if builder.startswith(name)), "REPOSITORY")
-    return f"tune download {repository} --output-dir {shlex.quote(str(folder))}"
+    repository = HUB_NAMES.get(builder, "REPOSITORY")
+    flags = DOWNLOAD_FLAGS.get(repository.partition("/")[0], "")
+    return f"tune download {repository} --output-dir {shlex.quote(str(folder))}{flags}"
 
 
 def _base_files(tokenizer: Mapping[str, Any], checkpointer: Mapping[str, Any]) -> list[Path]:
@@ -309,8 +341,13 @@ def _check_heads(network: nn.Module, folder: Path) -> None:
         raise _misfit(folder, f"num_attention_heads {described}, model.num_heads {attention.num_heads}")
 
 
-def _load_tokenizer(tokenizer: Mapping[str, Any], network: nn.Module) -> ChatTokenizer:
-    """The tokenizer, its budget of tokens bounded by the model's."""
+def load_tokenizer(tokenizer: Mapping[str, Any], network: nn.Module) -> ChatTokenizer:
+    """The tokenizer, its budget of tokens bounded by the model's.
+
+    Raises:
+        ConfigError: If the component doesn't take its arguments, or writes no chats.
+        CheckpointError: If it writes tokens that the network doesn't know.
+    """
     with read_afresh():
         loaded = _instantiate(tokenizer, "tokenizer")
     longest = int(network.max_seq_len)  # type: ignore[arg-type]

@@ -46,9 +46,15 @@ class RatingDataset(Dataset[Mapping[str, list[int]]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Mapping[str, list[int]]:
-        row = self.rows[index]
-        ignored = [CROSS_ENTROPY_IGNORE_IDX] * row.answer_start
-        return {"tokens": list(row.tokens), "labels": ignored + row.answer}
+        return labelled(self.rows[index])
+
+
+def labelled(row: TokenRow, start: int = 0) -> dict[str, list[int]]:
+    """``tokens`` and ``labels`` of a row from its token ``start`` on, which must be in the prompt."""
+    return {
+        "tokens": row.tokens[start:],
+        "labels": [CROSS_ENTROPY_IGNORE_IDX] * (row.answer_start - start) + row.answer,
+    }
 
 
 def _fitted_row(

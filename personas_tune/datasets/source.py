@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from personas_tune.errors import DataError
 from personas_tune.prompts.render import ItemText, Neighbours, PromptParts, label_of
@@ -15,6 +15,7 @@ from personas_tune.workspace import COLUMNS, Workspace, read_json, read_table
 
 _MADE_APART = "run `tune run persona_raft --config ...` again"  # the tables come from different runs
 
+Tiers: TypeAlias = tuple[int, int, int]
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
@@ -55,7 +56,7 @@ class RatingSource:
         self.template: Template = find_template(settings["template"])
         self._profile_choice: str = settings["profile"]
         self._items = {row["item_id"]: _item_text(row) for row in _rows(self.workspace.items, "items")}
-        self._tiers = {
+        self._tiers: dict[str, Tiers] = {
             row["user_id"]: tuple(row[f"{name}_tier"] for name in TRAITS)
             for row in _rows(self.workspace.users, "users")
         }
@@ -63,6 +64,28 @@ class RatingSource:
             (row["user_id"], row["position"]): row["memory"] for row in _rows(self.workspace.memories, "memories")
         }
         self._profiles = ProfilesInTime(read_table(self.workspace.profiles, COLUMNS["profiles"]))
+
+    @property
+    def items(self) -> Mapping[str, ItemText]:
+        """Every known item by id."""
+        return self._items
+
+    def add_item(self, item_id: str, item: ItemText) -> None:
+        """Make an item known that isn't in ``data/items.parquet``, for samples to name."""
+        self._items[item_id] = item
+
+    def add_user(self, user_id: str, tiers: Tiers, profile: str, memories: Sequence[str]) -> None:
+        """Make a user known who isn't of the cohort, for samples to name.
+
+        Args:
+            user_id: What samples call it.
+            tiers: Of its traits, each 1 to 3.
+            profile: Its profile.
+            memories: Its memories, that of position 0 first.
+        """
+        self._tiers[user_id] = tiers
+        self._profiles.add(user_id, profile)
+        self._memories.update({(user_id, position): memory for position, memory in enumerate(memories)})
 
     def samples(self, split: str) -> list[Sample]:
         """The samples of ``train`` or ``test``, ordered by user and position.

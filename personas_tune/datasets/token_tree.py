@@ -79,6 +79,12 @@ def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
     return next(i for i in range(limit) if a[i] != b[i])
 
 
+def shared_length(rows: Sequence[TokenRow]) -> int:
+    """Tokens that all rows share, short of the one from which an answer is predicted."""
+    first = rows[0].tokens
+    return min(min(common_prefix_length(first, row.tokens), row.answer_start - 1) for row in rows)
+
+
 def _ancestor_mask(n_nodes: int, segments: Sequence[tuple[int, list[int]]]) -> NDArray[np.bool_]:
     mask = np.zeros((n_nodes, n_nodes), dtype=np.bool_)
     ends = [first for first, _ in segments[1:]] + [n_nodes]

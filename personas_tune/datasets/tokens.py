@@ -67,8 +67,10 @@ class ChatTokenizer:
         # torchtune's own stop tokens lack the one that ends a turn in some chat formats (Phi-3's <|end|>).
         end_of_turn = rows[0][-1 - self._n_after]
         self.stop_tokens: list[int] = sorted({end_of_turn, *getattr(tokenizer, "stop_tokens", [])})
-        # A model must know that many tokens: all of the vocabulary and the special ones beside it.
-        self.largest_token: int = max(int(getattr(tokenizer, "vocab_size", 1)) - 1, self.pad_id, *rows[0])
+        # A model must know all tokens of text and the special ones of a row. Not every special one: torchtune's Llama 3
+        # tokenizer has one for images, 128256, for which models of text have no row.
+        n_of_text = getattr(tokenizer, "base_vocab_size", getattr(tokenizer, "vocab_size", 1))
+        self.largest_token: int = max(int(n_of_text) - 1, self.pad_id, *rows[0])
 
     def answer_tokens(self, label: str) -> list[int]:
         """The tokens of an answer, end-of-turn included, as they stand in a row."""

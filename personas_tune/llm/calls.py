@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 
 CHAT = "/chat/completions"
 EMBEDDINGS = "/embeddings"
+COMPLETIONS = "/completions"
 
 Result = TypeVar("Result")
 

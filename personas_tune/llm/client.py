@@ -10,7 +10,7 @@ from typing import Any
 
 import openai
 
-from personas_tune.llm.calls import CHAT, EMBEDDINGS
+from personas_tune.llm.calls import CHAT, COMPLETIONS, EMBEDDINGS
 from personas_tune.llm.connecting import connect, headers_for
 from personas_tune.llm.failures import Reply
 from personas_tune.llm.settings import Access, ServerSettings
@@ -20,6 +20,7 @@ LOOK_AT_MODEL_S = 10.0
 # and is sent as it stands. Without an encoding_format it would ask for base64, which no journalled body says.
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     CHAT: {"messages": []},
+    COMPLETIONS: {"prompt": []},
     EMBEDDINGS: {"input": [], "encoding_format": "float"},
 }
 _BEFORE_SENDING = ("ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError")
@@ -40,6 +41,7 @@ class Client:
         self._openai = connect(openai.AsyncOpenAI, server, access)
         self._create = {
             CHAT: self._openai.chat.completions.with_raw_response.create,
+            COMPLETIONS: self._openai.completions.with_raw_response.create,
             EMBEDDINGS: self._openai.embeddings.with_raw_response.create,
         }
 
@@ -61,6 +63,10 @@ class Client:
         """What the server tells of a model."""
         look = self._openai.models.with_raw_response.retrieve
         return await self._reply(look, min(LOOK_AT_MODEL_S, self._timeout_s), model=model)
+
+    async def list_models(self) -> Reply:
+        """Which models the server has."""
+        return await self._reply(self._openai.models.with_raw_response.list, min(LOOK_AT_MODEL_S, self._timeout_s))
 
     async def _reply(self, request: Any, timeout_s: float, **arguments: Any) -> Reply:
         try:

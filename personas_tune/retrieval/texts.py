@@ -41,6 +41,10 @@ class ProfilesInTime:
             uptos.append(upto)
             texts.append(text or "")
 
+    def add(self, user_id: str, profile: str) -> None:
+        """Take in the profile of a user who has none; it holds at every position."""
+        self._of_user[user_id] = ([0], [profile])
+
     def final(self, user_id: str) -> str:
         """The last profile; empty for a user without one."""
         _, texts = self._of_user.get(user_id, ([], [""]))

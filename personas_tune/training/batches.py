@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from personas_tune.datasets.token_tree import TokenTree, build_token_tree, common_prefix_length
+from personas_tune.datasets.token_tree import TokenTree, build_token_tree, shared_length
 from personas_tune.datasets.tokens import TokenRow
 
 Branch = Sequence[TokenRow]  # rows that differ in their answers, or just one row
@@ -120,12 +120,6 @@ def is_worth_sharing(rows: Sequence[TokenRow]) -> bool:
     """Whether running the common prefix once saves enough tokens."""
     n_tokens = sum(len(row.tokens) for row in rows)
     return n_tokens >= LEAST_TOKEN_RATIO * (n_tokens - (len(rows) - 1) * shared_length(rows))
-
-
-def shared_length(rows: Sequence[TokenRow]) -> int:
-    """Tokens that all rows share, short of the one from which an answer is predicted."""
-    first = rows[0].tokens
-    return min(min(common_prefix_length(first, row.tokens), row.answer_start - 1) for row in rows)
 
 
 def plan_round(groups: Sequence[Sequence[TokenRow]], branches_per_pass: int, pad_id: int) -> Round:

@@ -91,6 +91,11 @@ def backward_passes(
     model: nn.Module, plan: Plan, loss_fn: nn.Module, on_gradients: Callable[[], None] = lambda: None
 ) -> float:
     """As :func:`backward_rows`, for rows that are cut into passes already."""
+    return float(run_passes(model, plan, loss_fn, on_gradients).item())
+
+
+def run_passes(model: nn.Module, plan: Plan, loss_fn: nn.Module, on_gradients: Callable[[], None]) -> Tensor:
+    """As :func:`backward_passes`; the loss stays on the model's device, which may be one without numbers."""
     total = torch.zeros((), device=device_of(model))
     for part in plan:
         if isinstance(part, Round):
@@ -98,7 +103,7 @@ def backward_passes(
         else:
             total += _backward(answer_logits(model, part), part, loss_fn)
             on_gradients()
-    return total.item()
+    return total
 
 
 def _backward_round(model: nn.Module, part: Round, loss_fn: nn.Module, on_gradients: Callable[[], None]) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torchtune.models.llama3 import llama3
 from torchtune.models.phi3 import phi3
 
+from personas_tune.datasets.token_tree import shared_length
 from personas_tune.datasets.tokens import TokenRow
-from personas_tune.training.batches import shared_length
 from personas_tune.training.shared_prefix import shared_logits
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {"phi3": phi3, "llama3": llama3}

@@ -1,88 +1,18 @@
 """torchtune's own recipes train on our dataset, and to the same weights as ours."""
 
-import math
-import re
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torchtune
-from omegaconf import OmegaConf
 from pipelines import Outcome, run_recipe, tune, write_yaml
 from safetensors.torch import load_file
-from tiny import TINY, base_sections
-from torchtune._cli.tune import TuneCLIParser
+from stock import FULL, assert_trained_an_adapter, losses, ours, set_up, stock_config, tune_run
+from tiny import base_sections
 from torchtune.modules.peft import get_adapter_params
 
 from personas_tune.adapters.base_model import load_base
 from personas_tune.workspace import Workspace
-
-STOCK_FOLDER = Path(torchtune.__file__).parent.parent / "recipes"
-OURS = "personas_tune.datasets.persona_rating_dataset"
-
-
-def stock_config(output_dir: Path, checkpoint: Path, dataset: Any, **changes: Any) -> dict[str, Any]:
-    """What both single-device recipes ask for; keys as in torchtune's own configs."""
-    base = base_sections(checkpoint)
-    base["checkpointer"].update(recipe_checkpoint=None, output_dir=str(output_dir))
-    return {
-        "output_dir": str(output_dir),
-        **base,
-        "dataset": dataset,
-        "seed": 1,
-        "shuffle": True,
-        "epochs": 1,
-        "max_steps_per_epoch": 3,
-        "batch_size": 4,
-        "gradient_accumulation_steps": 1,
-        "resume_from_checkpoint": False,
-        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.01},
-        "lr_scheduler": {
-            "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
-            "num_warmup_steps": 1,
-        },
-        "loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"},
-        "compile": False,
-        "device": "cpu",
-        "dtype": "fp32",
-        "enable_activation_checkpointing": False,
-        "enable_activation_offloading": False,
-        "metric_logger": {
-            "_component_": "torchtune.training.metric_logging.DiskLogger",
-            "log_dir": str(output_dir / "logs"),
-            "filename": "log.txt",
-        },
-        **changes,
-    }
-
-
-def tune_run(recipe: str, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`tune run RECIPE --config CONFIG`, in this process."""
-    monkeypatch.setattr(sys, "argv", ["tune", "run", recipe, "--config", str(config)])
-    monkeypatch.setattr(sys, "path", [*sys.path])  # `tune run` appends to it
-    parser = TuneCLIParser()
-    with pytest.raises(SystemExit) as leaving:
-        parser.run(parser.parse_args())
-    assert not leaving.value.code
-
-
-def losses(output_dir: Path) -> list[float]:
-    text = (output_dir / "logs" / "log.txt").read_text(encoding="utf-8")
-    return [float(value) for value in re.findall(r"\bloss:(\S+)", text)]
-
-
-def ours(experiment: Workspace, **keys: Any) -> dict[str, Any]:
-    return {"_component_": OURS, "source": str(experiment.root), **keys}
-
-
-def assert_trained_an_adapter(out: Path) -> None:
-    assert len(losses(out)) == 3
-    assert all(math.isfinite(loss) for loss in losses(out))
-    adapter = torch.load(out / "epoch_0" / "adapter_model.pt", weights_only=True)
-    assert all(weight.isfinite().all() and (weight != 0).any() for weight in adapter.values())
 
 
 def test_the_stock_lora_recipe_trains_on_our_dataset_from_any_folder(
@@ -120,8 +50,7 @@ def test_the_stock_full_finetuning_recipe_trains_on_our_dataset(
         out,
         tiny_checkpoint,
         ours(experiment, persona=0),
-        model={"_component_": "torchtune.models.phi3.phi3", **TINY},
-        optimizer_in_bwd=False,
+        **FULL,
     )
     tune_run("full_finetune_single_device", write_yaml(tmp_path / "stock.yaml", config), monkeypatch)
     assert len(losses(out)) == 3
@@ -167,9 +96,7 @@ def test_one_step_of_ours_and_of_the_stock_recipe_give_the_same_adapter(
         max_steps_per_epoch=None,
     )
     config["lr_scheduler"]["num_warmup_steps"] = 0
-    module = runpy.run_path(str(STOCK_FOLDER / "lora_finetune_single_device.py"), run_name="stock")
-    recipe = module["LoRAFinetuneRecipeSingleDevice"](OmegaConf.create(config))
-    recipe.setup(cfg=OmegaConf.create(config))
+    recipe = set_up("lora_finetune_single_device", config)
     recipe._model.load_state_dict(start, strict=False)
     recipe.train()
     stock = {name: weight.detach() for name, weight in get_adapter_params(recipe._model).items()}

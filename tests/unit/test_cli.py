@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from personas_tune import cli, doctor
+from personas_tune import cli
 from personas_tune.config import bundled_configs, find_config, load_experiment
-from personas_tune.doctor import Finding
-from personas_tune.errors import PersonasTuneError
 
 PROJECT = Path(__file__).parents[2]
 
@@ -218,112 +216,3 @@ def test_show_survives_a_reader_that_leaves_and_a_terminal_of_few_letters(run, e
     assert leaving.stderr.read() == b""
     leaving.stderr.close()
     assert leaving.wait() == 0
-
-
-# doctor
-
-
-def test_the_doctor_finds_nothing_amiss_in_this_environment_and_names_every_pin(run, monkeypatch):
-    monkeypatch.setattr(doctor, "LOW_DISK_GB", 0)
-    status, out, err = run("doctor")
-    assert (status, err) == (0, "")
-    assert all(line.startswith("ok ") for line in out.splitlines())
-    assert all(f" {package} " in out for package in ("torchtune", "torchao", "torch", "pyarrow", "faiss-cpu"))
-
-
-def test_the_doctor_of_a_config_names_what_it_lacks_and_the_command_that_gets_it(run, monkeypatch):
-    monkeypatch.setattr(doctor, "LOW_DISK_GB", 0)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    status, out, err = run("doctor", "--config", "phi3_persona.yaml", )  # fmt: skip
-    missing = [line for line in out.splitlines() if line.startswith("missing")]
-    assert status == 2
-    assert any("data.path data/ml-1m" in line for line in missing)
-    assert any(
-        "tune download microsoft/Phi-3-mini-4k-instruct --output-dir checkpoints/Phi-3-mini-4k-instruct" in line
-        for line in missing
-    )
-    assert any("export OPENAI_API_KEY" in line for line in missing)
-    assert err == f"error: doctor: {len(missing)} of {len(out.splitlines())} checks found something missing\n"
-
-
-def test_the_doctor_says_that_an_experiment_has_what_it_needs(run, monkeypatch, tiny_checkpoint):
-    import yaml
-    from tiny import base_sections
-
-    monkeypatch.setattr(doctor, "LOW_DISK_GB", 0)
-    Path("log.csv").write_text("user,item,rating\n", encoding="utf-8")
-    experiment = {"output_dir": "run", "data": {"format": "csv", "path": "log.csv"}, "agents": {"base": {}}}
-    Path("c.yaml").write_text(yaml.safe_dump({**experiment, **base_sections(tiny_checkpoint)}), encoding="utf-8")
-    status, out, err = run("doctor", "--config", "c.yaml")
-    assert (status, err) == (0, "")
-    assert "ok       data.path log.csv\nok       base: checkpoint and tokenizer are there\n" in out
-
-
-def test_the_doctor_asks_for_no_base_where_none_is_used(run, monkeypatch):
-    Path("c.yaml").write_text("output_dir: run\ndata: {format: world}\n", encoding="utf-8")
-    monkeypatch.setattr(doctor, "LOW_DISK_GB", 0)
-    status, out, _ = run("doctor", "--config", "c.yaml")
-    assert status == 0
-    assert "base" not in out.replace("a small base", "")
-
-
-def test_the_doctor_of_a_config_with_mistakes_tells_them(run):
-    Path("c.yaml").write_text("output_dir: run\nsed: 1\n", encoding="utf-8")
-    assert run("doctor", "--config", "c.yaml")[::2] == (2, "error: c.yaml: unknown key sed; did you mean seed?\n")
-
-
-def test_a_package_of_another_version_is_missing_with_the_mending_command(monkeypatch):
-    monkeypatch.setattr(doctor, "requires", lambda name: ["torchao<0.16,>=0.14.1", "numpy>=2", "gone_for_good>=1"])
-    monkeypatch.setattr(doctor, "version", lambda name: {"torchao": "0.17", "numpy": "2.4"}.get(name) or lacking(name))
-    torchao, numpy, gone = doctor.check_packages()
-    assert str(torchao) == "missing  torchao 0.17 (works: <0.16,>=0.14.1); pip install 'torchao<0.16,>=0.14.1'"
-    assert numpy.good
-    assert str(gone) == "missing  gone_for_good is not installed; pip install 'gone_for_good>=1'"
-
-
-def lacking(name):
-    from importlib.metadata import PackageNotFoundError
-
-    raise PackageNotFoundError(name)
-
-
-def test_extras_that_were_not_asked_for_are_not_missed(monkeypatch):
-    monkeypatch.setattr(doctor, "requires", lambda name: ["wandb; extra == 'wandb'"])
-    assert doctor.check_packages() == []
-
-
-def test_an_import_that_fails_is_a_finding(monkeypatch):
-    def fail(name):
-        raise ImportError(f"no {name}\nbecause")
-
-    monkeypatch.setattr(doctor.importlib, "import_module", fail)
-    assert str(doctor.check_imports()).startswith("missing  torchtune does not import (no torchtune); pip install")
-    assert str(doctor.check_device()).startswith("missing  torch does not import (no torch")
-
-
-def test_little_disk_space_is_a_finding(monkeypatch):
-    monkeypatch.setattr(doctor, "LOW_DISK_GB", 1e9)
-    assert not doctor.check_disk().good
-
-
-def test_a_gpu_is_missed_only_by_an_experiment_that_asks_for_one(monkeypatch):
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert [doctor.check_device(device).good for device in (None, "cpu", "cuda", "cuda:0")] == [
-        True,
-        True,
-        False,
-        False,
-    ]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
-    assert doctor.check_device("cuda") == Finding(True, "GPU H200")
-
-
-def test_findings_are_printed_before_the_error(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "check_packages", lambda: [Finding(False, "a is not installed", "pip install a")])
-    monkeypatch.setattr(doctor, "LOW_DISK_GB", 0)
-    with pytest.raises(PersonasTuneError, match=r"1 of \d checks"):
-        doctor.print_findings(None)
-    assert "missing  a is not installed; pip install a\n" in capsys.readouterr().out

@@ -166,7 +166,7 @@ def test_a_key_that_is_near_to_none_is_answered_with_what_is_known(mistakes):
 
 def test_a_value_that_fits_neither_kind_is_one_mistake(mistakes):
     assert mistakes(MINIMAL, "personas.k=many") == [
-        "c.yaml: personas.k is 'many'; it should be a valid integer or 'elbow'"
+        "override 'personas.k=many': personas.k is 'many'; it should be a valid integer or 'elbow'"
     ]
 
 
@@ -192,8 +192,26 @@ def test_a_value_that_fits_neither_kind_is_one_mistake(mistakes):
 )
 def test_a_value_that_can_not_be_is_told_with_what_could(mistakes, override, line):
     (told,) = mistakes(MINIMAL, override)
-    assert told.startswith("c.yaml: ")
+    assert told.startswith(("c.yaml: data.path: ", f"override {override!r}: "))
     assert line in told
+
+
+def test_a_mistake_is_blamed_on_the_file_or_on_the_override_that_it_came_with(mistakes):
+    text = "output_dir: run\nepocs: 1\nagents: {a: {adapters: mine}}\n"
+    assert sorted(mistakes(text, "seed=x", "data.split={by: y}")) == [
+        "c.yaml: unknown key epocs; did you mean epochs?",
+        "override 'data.split={by: y}': data.split.by is 'y'; it should be 'user_time' or 'global_time'",
+        "override 'seed=x': seed is 'x'; it should be a valid integer",
+    ]
+    (of_file, of_override) = mistakes("output_dir: run\nagents: {a: {adapters: mine}}\n", "agents.b.adapters=yours")
+    assert of_file.startswith("c.yaml: agents.a.adapters: no adapter set 'mine'")
+    assert of_override.startswith("override 'agents.b.adapters=yours': agents.b.adapters: no adapter set 'yours'")
+
+
+@pytest.mark.parametrize("nothing", ["null", "None"])
+def test_a_component_can_be_set_to_nothing(load, nothing):
+    text = "output_dir: run\nlr_scheduler: {_component_: a.b, num_warmup_steps: 3}\n"
+    assert load(text, f"lr_scheduler={nothing}").lr_scheduler is None
 
 
 def test_a_value_that_is_left_open_must_be_given(mistakes, load):
@@ -234,7 +252,7 @@ def test_defaults_are_filled_in_at_every_depth(load):
     cfg = load("output_dir: run\ndata: {cohort: {n_users: 5}}\nadapter_sets: {mine: {per: all}}\n")
     assert OmegaConf.to_container(cfg.adapter_sets.mine) == {
         "per": "all", "memories": "both", "rows": None, "rows_from": "own", "share": 1.0,
-        "start_from": None, "shuffle_personas": False, "base": None,
+        "start_from": None, "shuffle_personas": False, "peft": None, "base": None,
     }  # fmt: skip
     assert (cfg.data.cohort.n_users, cfg.data.cohort.min_interactions) == (5, 1)
     assert set(cfg) == set(Experiment.model_fields)

@@ -50,7 +50,7 @@ def test_what_doesnt_fit_is_refused_in_a_line(load, overrides, expected):
         load(*overrides)
     (line,) = caught.value.lines
     assert expected in line
-    assert line.startswith("c.yaml: ")
+    assert line.startswith("override ")
 
 
 @pytest.mark.parametrize("overrides", [

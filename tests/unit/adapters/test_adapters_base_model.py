@@ -85,8 +85,8 @@ def test_formats_without_config_json_need_none(checkpoint):
     [
         ("torchtune.models.phi3.lora_phi3_mini", "microsoft/Phi-3-mini-4k-instruct"),
         ("torchtune.models.phi3.qlora_phi3_mini", "microsoft/Phi-3-mini-4k-instruct"),
-        ("torchtune.models.llama3_2.lora_llama3_2_1b", "meta-llama/Llama-3.2-1B-Instruct"),
         ("torchtune.models.qwen2_5.lora_qwen2_5_0_5b", "Qwen/Qwen2.5-0.5B-Instruct"),
+        ("torchtune.models.qwen2_5.lora_qwen2_5_1_5b_base", "REPOSITORY"),
         ("my.own.builder", "REPOSITORY"),
     ],
 )
