@@ -157,9 +157,7 @@ def size_of_base(model: Mapping[str, Any], dtype: str) -> int:
     return size_of_weights(build_on_meta(model, dtype))
 
 
-def build_on_meta(
-    model: Mapping[str, Any], dtype: str, *, enable_activation_checkpointing: bool = False
-) -> nn.Module:
+def build_on_meta(model: Mapping[str, Any], dtype: str, *, enable_activation_checkpointing: bool = False) -> nn.Module:
     """A base's network without weights: names, shapes and types of all of them, on the meta device.
 
     Raises:
