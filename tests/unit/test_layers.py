@@ -51,7 +51,7 @@ MAY_IMPORT = {
         "adapters",
         "training",
         "evaluation",
-    },  # fmt: skip
+    },
     "report": {"errors", "workspace", "prompts", "datasets", "evaluation"},
     "doctor": {
         "personas_tune",
@@ -64,7 +64,7 @@ MAY_IMPORT = {
         "datasets",
         "adapters",
         "training",
-    },  # fmt: skip
+    },
     "cli": {"personas_tune", "errors", "workspace", "config", "memory", "report", "doctor"},
 }
 PARTS_WITHOUT_TORCH = (
