@@ -1,6 +1,7 @@
 """How much quicker an agent rates when what prompts share is read once, against each rating alone.
 
     OMP_NUM_THREADS=1 python benchmarks/agents.py
+    OMP_NUM_THREADS=1 python benchmarks/agents.py --quick   # fewer of everything: shows that it runs
 
 Makes a small experiment on the synthetic world with the tiny bundled base (a temporary folder), and rates
 
@@ -9,7 +10,7 @@ Makes a small experiment on the synthetic world with the tiny bundled base (a te
 - an eighth of these pairs one pass each as a stock forward does it: a batch of prompt + answer for every label.
 
 Prompts are written anew in each way. The ways take turns, three rounds; printed are medians. Time is that of
-the processor, since machines are shared.
+the processor, since machines are shared. Where the ways' distributions differ by more than 1e-5, it stops.
 """
 
 import argparse
@@ -42,13 +43,17 @@ SMALL = (
 )  # fmt: skip
 SHAPES = {"1 user x 64 items": (1, 64), "16 users x 16 items": (16, 16)}
 N_ROUNDS = 3
+QUICK_SHAPES = {"1 user x 8 items": (1, 8)}
+BOUND = 1e-5
 Pairs = list[tuple[str, list[str]]]
 Answers = dict[tuple[str, str], Probabilities]  # by user and item
 
 
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.parse_args()
+    words.add_argument("--quick", action="store_true", help="8 pairs, one round")
+    quick = words.parse_args().quick
+    shapes, n_rounds = (QUICK_SHAPES, 1) if quick else (SHAPES, N_ROUNDS)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
@@ -57,13 +62,13 @@ def main() -> None:
         assert done.returncode == 0, done.stderr
         with redirect_stdout(StringIO()):  # torchtune's remarks
             agent, plain = load_agent(folder, "persona"), plain_agent(folder)
-        print(f"torch {torch.__version__}, one thread; ratings per second of CPU time (medians of {N_ROUNDS} rounds)")
-        for shape, (n_users, n_items) in SHAPES.items():
+        print(f"torch {torch.__version__}, one thread; ratings per second of CPU time (medians of {n_rounds} rounds)")
+        for shape, (n_users, n_items) in shapes.items():
             pairs = [(user, agent.items[:n_items]) for user in agent.users[:n_users]]
-            report(shape, agent, plain, pairs)
+            report(shape, agent, plain, pairs, n_rounds)
 
 
-def report(shape: str, agent: Agent, plain: Agent, pairs: Pairs) -> None:
+def report(shape: str, agent: Agent, plain: Agent, pairs: Pairs, n_rounds: int) -> None:
     ways: dict[str, tuple[Callable[[Pairs], Answers], Pairs]] = {
         "together": (partial(together, agent), pairs),
         "each alone": (partial(alone, agent), pairs),
@@ -71,12 +76,13 @@ def report(shape: str, agent: Agent, plain: Agent, pairs: Pairs) -> None:
     }
     per_second: dict[str, list[float]] = {way: [] for way in ways}
     answers: dict[str, Answers] = {}
-    for _ in range(N_ROUNDS):
+    for _ in range(n_rounds):
         for way, (rate, asked) in ways.items():
             start = time.process_time()
             answers[way] = rate(asked)
             per_second[way].append(len(answers[way]) / (time.process_time() - start))
     apart = max(np.abs(p - answers["together"][pair]).max() for told in answers.values() for pair, p in told.items())
+    require_equal(shape, apart)
     medians = {way: statistics.median(each) for way, each in per_second.items()}
     rates = ", ".join(f"{way} {each:.1f}" for way, each in medians.items())
     ratios = ", ".join(f"{medians['together'] / each:.1f} x {way}" for way, each in list(medians.items())[1:])
@@ -86,6 +92,11 @@ def report(shape: str, agent: Agent, plain: Agent, pairs: Pairs) -> None:
 def together(agent: Agent, pairs: Pairs) -> Answers:
     told = agent.rate_many(pairs)
     return {(each.user_id, item): p for each in told for item, p in zip(each.items, each.p, strict=True)}
+
+
+def require_equal(shape: str, apart: float) -> None:
+    if not apart <= BOUND:  # nan isn't
+        raise SystemExit(f"{shape}: distributions differ by {apart:.1e}, more than {BOUND:g}")
 
 
 def alone(agent: Agent, pairs: Pairs) -> Answers:

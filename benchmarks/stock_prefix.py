@@ -46,6 +46,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rows-per-item", type=int, nargs="+", default=[4, 8, 16], help="N")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4], help="rows, packs or items; all tried")
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing in all")
+    parser.add_argument("--compile", action="store_true", help="compile: true in all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     return parser.parse_args([*QUICK, *words] if "--quick" in words else words)
@@ -96,7 +97,8 @@ def fastest_of(name: str, kind: dict[str, int], args: argparse.Namespace, build:
     found: list[tuple[float, Stock]] = []
     for batch_size in args.batch_sizes:
         if args.rows_per_step % (batch_size * max(1, *kind.values(), 1)) == 0:
-            recipe = build(settings=StockSettings(batch_size, **kind, checkpointing=args.checkpointing))
+            settings = StockSettings(batch_size, **kind, checkpointing=args.checkpointing, compile=args.compile)
+            recipe = build(settings=settings)
             found.append((recipe.step(), recipe))
     tried = ", ".join(f"{recipe.settings} {args.rows_per_step / seconds:.3g}" for seconds, recipe in found)
     print(f"  {name}, rows/s tried: {tried}", flush=True)

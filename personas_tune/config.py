@@ -425,12 +425,20 @@ def _mistakes(
 
 
 def _override_of(key: str, overrides: Sequence[str]) -> str | None:
-    """The override that a mistake at a key comes from, the last one that sets it or something below or above it."""
-    for override in reversed(overrides):
-        set_key = override.partition("=")[0]
-        if key and (f"{key}.".startswith(f"{set_key}.") or f"{set_key}.".startswith(f"{key}.")):
-            return f"override {override!r}"
-    return None
+    """The override that a mistake at a key comes from, the last one that sets or removes it or something below it."""
+    key = key.removesuffix(".[key]")
+    told = (f"override {override!r}" for override in reversed(overrides) if key and _is_set_by(override, key))
+    return next(told, None)
+
+
+def _is_set_by(override: str, key: str) -> bool:
+    """Whether an override is of a key or of what lies below, or of what lies above with a value that has the key."""
+    set_key, _, value = override.removeprefix("~").partition("=")
+    if f"{set_key}.".startswith(f"{key}.") or key == f"{set_key}._component_":
+        return True
+    if override.startswith("~") or not key.startswith(f"{set_key}."):
+        return False
+    return OmegaConf.select(OmegaConf.from_dotlist([f"_={value}"]), f"_.{key.removeprefix(f'{set_key}.')}") is not None
 
 
 def _as_written(location: Sequence[Any], written: Any, given: Any) -> Any:

@@ -250,7 +250,7 @@ class AdapterSet(Section):
     rows: int | Literal["largest_persona", "smallest_persona"] | None = None
     rows_from: Literal["own", "all"] = "own"  # control: as many rows as each persona has, drawn from all users
     share: float = Field(default=1, gt=0, le=1)  # of each user's rows
-    start_from: str | None = None  # a set with one adapter for all users, trained before: where these adapters begin
+    start_from: str | None = None  # a set above, of one adapter or of imported ones: where these adapters begin
     shuffle_personas: bool = False  # control: the same group sizes, users dealt out at random
     peft: str | None = None  # a PEFT folder, or one with a PEFT folder per persona: imported in the place of training
     base: str | None = None
@@ -379,8 +379,9 @@ class Export(Section):
     format: Literal["auto", "peft", "merged"] = "auto"  # auto: PEFT, but DoRA merged, since vLLM refuses it
     dtype: Literal["fp32", "bf16", "fp16"] | None = None  # null: an adapter's own fp32; merged, the base's
     max_rank: int | None = Field(default=None, ge=1)  # lossy: cuts larger ranks by SVD
-    base_name: str | None = Field(default=None, min_length=1)  # as cards and servers call the base
+    base_name: str | None = None  # as cards and servers call the base
     license: str | None = Field(default=None, min_length=1)  # null: what the base's own card says
+    words: bool = True  # whether cards tell the words of personas
     push_to: str | None = None  # owner/prefix on the Hub
     private: bool = True
 
@@ -394,6 +395,13 @@ class Export(Section):
     def _repositories_have_an_owner(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"[\w-]+/[\w-]([\w.-]*[\w-])?", value, re.ASCII):
             raise ValueError(f"{value!r} names no repositories of the Hub; write owner/prefix")
+        return value
+
+    @field_validator("base_name")
+    @classmethod
+    def _names_are_no_paths(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", value, re.ASCII):
+            raise ValueError(f"{value!r} names no model; write owner/name, or a name without '/' for one of your own")
         return value
 
     @model_validator(mode="after")
@@ -480,6 +488,8 @@ class Experiment(Section):
             for name in self.export.sets or []
             if name not in self.adapter_sets
         ]
+        if "merged" in self.adapter_sets:
+            problems.append("adapter_sets: 'merged' names the folder of merged checkpoints; rename the set")
         problems += [why for name in self.adapter_sets if (why := self._why_no_start(name))]
         problems += [why for name in self.evaluation.own_versus_other if (why := self._why_not_crosswise(name))]
         if problems:
@@ -498,10 +508,9 @@ class Experiment(Section):
         ]
         if start in fitting:
             return ""
+        kind = "of one adapter" if self.adapter_sets[name].per == "all" else "of one adapter or of imported ones"
         known = ", ".join(fitting) or "none"
-        return (
-            f"adapter_sets.{name}.start_from: no set of one adapter {start!r} on that base above it; such are: {known}"
-        )
+        return f"adapter_sets.{name}.start_from: no set {start!r} {kind} on that base above it; such are: {known}"
 
     def _can_begin_at(self, name: str, other: str) -> bool:
         """Whether each adapter of a set finds one to begin with: the only one, or an imported one of its persona."""

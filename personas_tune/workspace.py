@@ -185,6 +185,10 @@ class Workspace:
         """What one agent predicts for every test sample."""
         return self.root / "eval" / f"predictions_{agent}.parquet"
 
+    def calibration(self, agent: str) -> Path:
+        """How one agent's distributions are calibrated; only of agents with ``calibrate``."""
+        return self.root / "eval" / f"calibration_{agent}.json"
+
 
 def prompt_inputs(workspace: Workspace) -> list[Path]:
     """The files that train prompts are made of."""
@@ -532,6 +536,9 @@ def _outputs_of(folder: Path, key: str | None = None) -> dict[str, str] | None:
 
 def _move_into_place(stage: Stage, manifest: str) -> None:
     stage.folder.mkdir(parents=True, exist_ok=True)
+    for target in (stage.folder / name for name in [*stage._written, MANIFEST]):
+        if target.is_dir():
+            raise ConfigError("a folder is where a file is to be", where=str(target), remedy="move it away")
     for name in sorted((_outputs_of(stage.folder) or {}).keys() - stage._written.keys()):
         stale = stage.folder / name  # a file that this stage no longer writes
         stale.unlink(missing_ok=True)

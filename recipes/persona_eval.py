@@ -1,7 +1,8 @@
 """Measure every agent and the baselines on the same test rows.
 
 Reads   samples/, adapters/, memory/, data/ and the base checkpoints
-Writes  eval/predictions_<agent>.parquet, eval/metrics.json, eval/table.md, report/index.html
+Writes  eval/predictions_<agent>.parquet, eval/calibration_<agent>.json, eval/metrics.json, eval/table.md,
+        report/index.html
 
     tune run persona_eval --config quickstart.yaml
     tune run persona_eval --config phi3_persona.yaml evaluation.temperature=0
@@ -31,7 +32,7 @@ from personas_tune.adapters.sharding import in_lockstep
 from personas_tune.datasets import RatingDataset, RatingSource
 from personas_tune.errors import raise_together
 from personas_tune.evaluation.baselines import fit_baselines
-from personas_tune.evaluation.calibration import calibrate, require_calibration_rows
+from personas_tune.evaluation.calibration import fit_calibration, require_calibration_rows
 from personas_tune.evaluation.hybrids import fit_hybrid, numbers_of_prompts
 from personas_tune.evaluation.intervals import Resampling
 from personas_tune.evaluation.measure import (
@@ -212,7 +213,7 @@ class PersonaEvalRecipe:
             if self._learns_from_train(name):
                 self._of_train[name] = self._predict_train(agent, base)
             if self.processes.is_first:
-                self._raw[name], told = p, self._calibrated(name, p)
+                self._raw[name], told = p, self._calibrated(name, p, stage)
                 tables[name] = prediction_table(self.samples, told, self.source.labels, texts)
                 stage.write_table(f"predictions_{name}.parquet", tables[name])
             if name in self.cfg.evaluation.own_versus_other:
@@ -317,6 +318,8 @@ class PersonaEvalRecipe:
         """Whether a set, or one that it began with, was trained on train rows that agents are calibrated on."""
         while adapters is not None and (manifest := self.workspace.adapter_set(adapters) / MANIFEST).is_file():
             settings = read_json(manifest)["settings"]
+            if settings["adapter_set"].get("peft"):  # imported: on which rows it was trained, nothing here knows
+                return False
             if (settings.get("validation_share") or 0) < self.cfg.evaluation.calibration_share:
                 return True
             adapters = settings["adapter_set"].get("start_from")
@@ -330,11 +333,13 @@ class PersonaEvalRecipe:
                 f"validation_share={self.cfg.evaluation.calibration_share:g} and train again"
             )
 
-    def _calibrated(self, name: str, p: Probabilities) -> Probabilities:
-        """An agent's distributions as they shall be measured; in the first process."""
+    def _calibrated(self, name: str, p: Probabilities, stage: Stage) -> Probabilities:
+        """An agent's distributions as they shall be measured; in the first process, which keeps how they came about."""
         if not self.cfg.agents[name].calibrate:
             return p
-        return calibrate(self._of_train[name], *self._latest_answers(), p, self._values)
+        calibration = fit_calibration(self._of_train[name], *self._latest_answers(), self._values)
+        stage.write_json(self.workspace.calibration(name).name, calibration.record)
+        return calibration.apply(p)
 
     def _latest_answers(self) -> tuple[Any, list[str]]:
         """Ratings and users of the train rows that agents are calibrated on."""

@@ -10,15 +10,13 @@ Writes  adapters/<set>/<adapter>/ and adapters/<set>/losses.parquet for every en
 """
 
 import os
-import warnings
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 from omegaconf import DictConfig
 from torchtune import training
@@ -32,44 +30,35 @@ from personas_tune.adapters.base_model import (
     load_base,
     missing_base_files,
 )
-from personas_tune.adapters.files import (
-    NATIVE_FILE,
-    BaseRecord,
-    load_native,
-    lora_shape,
-    record_base,
-    save_adapter,
-)
-from personas_tune.adapters.importing import check_import, import_peft
+from personas_tune.adapters.base_weights import weight_files, weight_reader
+from personas_tune.adapters.files import NATIVE_FILE, load_native, lora_shape, record_base, save_in_set
+from personas_tune.adapters.importing import check_imports, import_set, peft_folders, peft_inputs
+from personas_tune.adapters.selection import write_assignment
 from personas_tune.adapters.sharding import is_sharded
 from personas_tune.datasets import RatingDataset, RatingSource
 from personas_tune.errors import Interrupted, PersonasTuneError, raise_together
-from personas_tune.export.base_weights import weight_files, weight_reader
 from personas_tune.processes import Processes, take_own_device
 from personas_tune.schema import MemoriesSeen
-from personas_tune.training.checkpoints import Checkpoint, Checkpoints, Origin, Part, checkpoint_folder
+from personas_tune.training.checkpoints import Checkpoint, Checkpoints, Origin, checkpoint_folder
 from personas_tune.training.fit import (
     AdapterJob,
     StepReport,
     TrainingSettings,
-    check_first_group,
     put_to_wait,
     require_token_loss,
+    settle_sharing,
     train_steps,
 )
-from personas_tune.training.imports import peft_folders, peft_inputs
-from personas_tune.training.meetings import Meetings
+from personas_tune.training.meetings import Meetings, course_of, steps_taken
+from personas_tune.training.parts import parts_of, restore_parts
 from personas_tune.training.schedule import Progress, checkpoint_turns
 from personas_tune.training.sets import ALL_USERS, AdapterPlan, assign_users_to_adapters, plan_adapter_set
-from personas_tune.training.state import job_state, process_state, restore_job, restore_process
-from personas_tune.training.step_log import StepLog, losses_table
+from personas_tune.training.step_log import StepLog, losses_table, profiled
 from personas_tune.training.stopping import sigterm_in_a_line, stop_requests
-from personas_tune.training.teams import Place, Team, form_team, place_adapters
+from personas_tune.training.teams import Place, Team, form_team, place_adapters, shared_adapters
 from personas_tune.workspace import (
     Stage,
     Workspace,
-    absolute_path,
-    full_disk_in_a_line,
     missing_inputs,
     open_stage,
     prompt_inputs,
@@ -116,7 +105,6 @@ class PersonaLoraRecipe:
         self._resume: bool | str | None = cfg.resume_from_checkpoint
         self._sharded = self.processes.from_first(self._find_sharded)
         self._bases: dict[str | None, BaseModel] = {}
-        self._records: dict[str | None, BaseRecord] = {}
         self._datasets: dict[tuple[str | None, str], RatingDataset] = {}
         self.processes.from_first(self._check_imports)
 
@@ -143,15 +131,10 @@ class PersonaLoraRecipe:
         """Tell all that can't be imported before anything is trained or written."""
         problems: list[PersonasTuneError] = []
         for name, adapter_set in self.cfg.adapter_sets.items():
-            if adapter_set.peft is None:
-                continue
-            sections = config.base_sections(self.cfg, adapter_set.base)
-            try:
-                read = weight_reader(weight_files(checkpoint_inputs(**sections)))
-                for folder in self._peft_folders(name).values():
-                    check_import(sections["model"], sections["checkpointer"], folder, read)
-            except PersonasTuneError as error:
-                problems.append(error)
+            if adapter_set.peft is not None:
+                adapters, where = self._assignment_of(name).values(), f"adapter_sets.{name}.peft"
+                sections = config.base_sections(self.cfg, adapter_set.base)
+                problems += check_imports(adapter_set.peft, adapters, adapter_set.per, **sections, where=where)
         raise_together(problems)
 
     def make_set(self, name: str) -> None:
@@ -160,42 +143,6 @@ class PersonaLoraRecipe:
             self.train_set(name)
         else:
             self.import_set(name)
-
-    def import_set(self, name: str) -> None:
-        """Import one adapter set from PEFT folders, or say that it is up to date."""
-        adapter_set = self.cfg.adapter_sets[name]
-        folders, assignment = self._peft_folders(name), self._assignment_of(name)
-        files = checkpoint_inputs(**config.base_sections(self.cfg, adapter_set.base))
-        inputs = [self.workspace.train_samples, *files, *peft_inputs(folders)]
-        settings = {
-            **self._settings_of_base(adapter_set.base),
-            "adapter_set": {**config.plain(adapter_set), "peft": True},  # its path doesn't count, its files do
-        }
-        opened = partial(open_stage, self.workspace.adapter_set(name), settings, inputs, seed=self.cfg.seed)
-        with self.processes.held_by_first(opened) as stage:
-            if stage.is_current:
-                self._say(f"adapters/{name} is up to date")
-                return
-            base, read = self._base(adapter_set.base), weight_reader(weight_files(files))
-            if not self.processes.is_first:
-                return
-            for adapter, folder in folders.items():
-                bank_name = f"{name}/{adapter}"
-                import_peft(base, bank_name, folder, seed=self.cfg.seed, base_weight=read)
-                record = {"rows": 0, "steps": 0, "validation_losses": [], "imported_from": str(folder)}
-                self._save(base, bank_name, stage, self._records[adapter_set.base], record)
-                base.bank.remove(bank_name)
-            self._write_assignment(stage, assignment)
-        self._say(f"adapters/{name}: imported {', '.join(map(str, folders.values()))}")
-
-    def _assignment_of(self, name: str) -> dict[str, str]:
-        """Each user's adapter in an imported set."""
-        per = self.cfg.adapter_sets[name].per
-        return assign_users_to_adapters(self.samples, per=per, shuffle_personas=False, seed=self.cfg.seed)
-
-    def _peft_folders(self, name: str) -> dict[str, Path]:
-        path = absolute_path(self.cfg.adapter_sets[name].peft)
-        return peft_folders(path, self._assignment_of(name), where=f"adapter_sets.{name}.peft")
 
     def train_set(self, name: str) -> None:
         """Train one adapter set, or say that it is up to date."""
@@ -212,25 +159,15 @@ class PersonaLoraRecipe:
             share=adapter_set.share,
             where=f"adapter_sets.{name}",
         )
-        inputs = [
-            *prompt_inputs(self.workspace),
-            *checkpoint_inputs(**config.base_sections(self.cfg, adapter_set.base)),
-            *sorted(
-                {begun / NATIVE_FILE for plan in plans if (begun := self._start_of(name, plan.adapter)) is not None}
-            ),
-        ]
+        begun = {path / NATIVE_FILE for plan in plans if (path := self._start_of(name, plan.adapter)) is not None}
+        base_files = checkpoint_inputs(**config.base_sections(self.cfg, adapter_set.base))
+        inputs = [*prompt_inputs(self.workspace), *base_files, *sorted(begun)]
         sharded = self._sharded[adapter_set.base]
         parallel = "fsdp" if sharded else self.cfg.parallel
         places = place_adapters([len(plan.rows) for plan in plans], self.processes.size, parallel)
-        shared = {
-            plans[index].adapter: f"{len(place.ranks)} in step" if sharded else str(len(place.ranks))
-            for place in places
-            for index in place.adapters
-            if len(place.ranks) > 1
-        }
+        shared = shared_adapters(places, [plan.adapter for plan in plans], in_step=sharded)
         checkpoints = self._checkpoints(name, settings, inputs, shared)
-        opened = partial(open_stage, self.workspace.adapter_set(name), settings, inputs, seed=self.cfg.seed)
-        with self.processes.held_by_first(opened) as stage:
+        with self._open(name, settings, inputs) as stage:
             if stage.is_current:
                 self._say(f"adapters/{name} is up to date")
                 if self.processes.is_first:
@@ -239,58 +176,9 @@ class PersonaLoraRecipe:
             start = self._find_checkpoint(name, checkpoints)
             self._train_plans(name, plans, places, stage, checkpoints, start)
             if self.processes.is_first:
-                self._write_assignment(stage, assignment)
+                write_assignment(stage, assignment)
         if self.processes.is_first:
             checkpoints.remove()
-
-    def _settings_of(self, name: str) -> dict[str, Any]:
-        """What decides the adapters of a set, besides files and seed."""
-        adapter_set = self.cfg.adapter_sets[name]
-        section = config.plain(self.cfg.training)
-        return {
-            **config.settings_of(self.cfg, *TRAINING_KEYS),
-            **self._settings_of_base(adapter_set.base),
-            "training": {key: value for key, value in section.items() if key not in WITHOUT_EFFECT},
-            "adapter_set": {key: value for key, value in config.plain(adapter_set).items() if key != "peft"},
-        }
-
-    def _start_of(self, name: str, adapter: str) -> Path | None:
-        """The folder of the adapter that one of a set begins with; None for a fresh one."""
-        start = self.cfg.adapter_sets[name].start_from
-        if start is None:
-            return None
-        is_shared = self.cfg.adapter_sets[start].per == "all"
-        return self.workspace.adapter_set(start) / (ALL_USERS if is_shared else adapter)
-
-    def _checkpoints(
-        self, name: str, settings: dict[str, Any], inputs: Sequence[Path], shared: dict[str, str]
-    ) -> Checkpoints:
-        settings = {**settings, "seed": self.cfg.seed}
-        hashes = self.processes.from_first(lambda: sha256_of_inputs(inputs))
-        device = self.cfg.device.partition(":")[0]
-        origin = Origin(name, settings, hashes, device, stage_key(settings, hashes), shared)
-        folder = checkpoint_folder(self.workspace.adapter_set(name))
-        return Checkpoints(folder, origin, self.cfg.training.keep_last_n_checkpoints)
-
-    def _find_checkpoint(self, name: str, checkpoints: Checkpoints) -> Checkpoint | None:
-        """What to go on from. Only the first set that isn't finished was stopped: later ones start anew."""
-        found, note = self.processes.from_first(lambda: checkpoints.find(self._resume))
-        self._resume = None if self._resume else self._resume
-        if note:
-            self._say(f"adapters/{name}: {note}")
-        if found is not None:
-            checkpoints.go_on_from(found)
-        return found
-
-    def _settings_of_base(self, name: str | None) -> dict[str, Any]:
-        """What of a base's sections decides the adapters besides its files, which count by their bytes."""
-        sections = self.cfg if name is None else self.cfg.bases[name]
-        tokenizer = config.plain(sections.tokenizer)
-        return {
-            "model": config.plain(sections.model),
-            "tokenizer": {key: value for key, value in tokenizer.items() if key not in TOKENIZER_FILES},
-            "model_type": config.plain(sections.checkpointer).get("model_type"),
-        }
 
     def _train_plans(
         self,
@@ -302,38 +190,37 @@ class PersonaLoraRecipe:
         start: Checkpoint | None,
     ) -> None:
         adapter_set = self.cfg.adapter_sets[set_name]
-        base = self._base(adapter_set.base)
+        base, save = self._base(adapter_set.base), self._saving(adapter_set.base, stage)
         dataset = self._dataset(adapter_set.base, adapter_set.memories)
         team, place = form_team(places, self.processes, in_step=is_sharded(base.model))
         jobs = [self._job(base, dataset, set_name, plans[index], team) for index in place.adapters]
         loss_fn = config.instantiate(self.cfg, "loss", default="torch.nn.CrossEntropyLoss")
         require_token_loss(loss_fn)
-        settings = self._settle_sharing(base, jobs, loss_fn)
+        pad_id = base.tokenizer.pad_id
+        settings = settle_sharing(base.model, base.bank, jobs, loss_fn, self.settings, pad_id, self.processes)
         if start is not None:
-            self._restore(base, jobs, team, start)
+            restore_parts(base.bank, jobs, team, self.processes.rank, start)
             hint = " (resume_from_checkpoint=false starts anew)" if self.cfg.resume_from_checkpoint is None else ""
             self._say(f"adapters/{set_name} goes on after step {start.step} from {start.path}{hint}")
-        steps = train_steps(base.model, base.bank, jobs, loss_fn, settings, base.tokenizer.pad_id, team)
-        course = self._course(plans, places, jobs)
-        save = partial(self._save_checkpoint, base, jobs, team, checkpoints)
-        signal_number = self._follow(set_name, steps, team, course, save)
+        steps = train_steps(base.model, base.bank, jobs, loss_fn, settings, pad_id, team)
+        course = course_of(plans, places, jobs, settings, self.processes)
+
+        def save_checkpoint() -> None:
+            parts = parts_of(base.bank, jobs, team, self.processes.rank)
+            checkpoints.save(steps_taken(jobs, team, self.processes), parts, self.processes)
+
+        signal_number = self._follow(set_name, steps, team, course, save_checkpoint)
         if signal_number is not None:
             n_steps = sum(progress.n_steps for of_team in course for progress in of_team)
-            raise Interrupted(signal_number, self._what_is_kept(set_name, self._n_done(jobs, team), n_steps))
+            n_done = steps_taken(jobs, team, self.processes)
+            raise Interrupted(signal_number, self._what_is_kept(set_name, n_done, n_steps))
         for job in jobs:
             if team.leads:
-                with full_disk_in_a_line(stage.folder):
-                    record = {
-                        "rows": len(job.rows),
-                        "steps": job.steps_done,
-                        "validation_losses": job.validation_losses,
-                    }
-                    self._save(base, job.name, stage, self._records[adapter_set.base], record)
+                save(job.adapter, base.bank[job.name].state_dict(), **job.record)
             base.bank.remove(job.name)
         for names in self.processes.gather(stage.written):
             stage.include(names)
-        mine = {_adapter_of(job): job.history for job in jobs if team.leads}
-        histories = ChainMap(*self.processes.gather_in_first(mine))
+        histories = ChainMap(*self.processes.gather_in_first({job.adapter: job.history for job in jobs if team.leads}))
         if self.processes.is_first:
             stage.write_table("losses.parquet", losses_table({plan.adapter: histories[plan.adapter] for plan in plans}))
 
@@ -360,38 +247,122 @@ class PersonaLoraRecipe:
             self._profiler() as profiler,
         ):
             meetings = Meetings(self.processes, team, stop, log.add, save)
-            signal_number = meetings.follow(_each_told_to(profiler, steps), due)
+            signal_number = meetings.follow(profiled(steps, profiler), due)
         if signal_number is None:
             self._say(f"adapters/{set_name}: {log.summary()}")
         return signal_number
 
-    def _n_done(self, jobs: Sequence[AdapterJob], team: Team) -> int:
-        """Steps that all processes have taken."""
-        return sum(self.processes.gather(sum(job.steps_done for job in jobs) if team.leads else 0))
+    def import_set(self, name: str) -> None:
+        """Import one adapter set from PEFT folders, or say that it is up to date."""
+        adapter_set, assignment = self.cfg.adapter_sets[name], self._assignment_of(name)
+        folders = peft_folders(adapter_set.peft, assignment.values(), adapter_set.per)
+        files = checkpoint_inputs(**config.base_sections(self.cfg, adapter_set.base))
+        settings = {
+            **self._settings_of_base(adapter_set.base),
+            "adapter_set": {**config.plain(adapter_set), "peft": True},  # its path doesn't count, its files do
+        }
+        inputs = [self.workspace.train_samples, *files, *peft_inputs(folders)]
+        with self._open(name, settings, inputs) as stage:
+            if stage.is_current:
+                self._say(f"adapters/{name} is up to date")
+                return
+            base, save = self._base(adapter_set.base), self._saving(adapter_set.base, stage)
+            if not self.processes.is_first:
+                return
+            read = weight_reader(weight_files(files))
+            for other in import_set(base, name, folders, save, seed=self.cfg.seed, base_weight=read):
+                self._say(f"adapters/{name}: trained on {other}, used on {base.checkpoint_dir}")
+            write_assignment(stage, assignment)
+        self._say(f"adapters/{name}: imported {', '.join(map(str, folders.values()))}")
 
-    def _logger(self) -> Any:
-        logger = config.instantiate(
-            self.cfg,
-            "metric_logger",
-            default="torchtune.training.metric_logging.DiskLogger",
-            log_dir=str(self.workspace.root / "logs"),
-        )
-        logger.log_config(config.without_secrets(self.cfg))
-        return logger
+    def _open(self, name: str, settings: dict[str, Any], inputs: Sequence[Path]) -> AbstractContextManager[Stage]:
+        opened = partial(open_stage, self.workspace.adapter_set(name), settings, inputs, seed=self.cfg.seed)
+        return self.processes.held_by_first(opened)
 
-    def _course(
-        self, plans: Sequence[AdapterPlan], places: Sequence[Place], jobs: Sequence[AdapterJob]
-    ) -> list[list[Progress]]:
-        """How far each team is, by adapter."""
-        mine = {_adapter_of(job): job.steps_done for job in jobs}
-        steps_done = ChainMap(*self.processes.gather(mine))
-        return [
-            [self._progress(len(plans[index].rows), steps_done[plans[index].adapter]) for index in place.adapters]
-            for place in places
-        ]
+    def _settings_of(self, name: str) -> dict[str, Any]:
+        """What decides the adapters of a set, besides files and seed."""
+        adapter_set = self.cfg.adapter_sets[name]
+        section = config.plain(self.cfg.training)
+        return {
+            **config.settings_of(self.cfg, *TRAINING_KEYS),
+            **self._settings_of_base(adapter_set.base),
+            "training": {key: value for key, value in section.items() if key not in WITHOUT_EFFECT},
+            "adapter_set": {key: value for key, value in config.plain(adapter_set).items() if key != "peft"},
+        }
 
-    def _progress(self, n_rows: int, steps_done: int) -> Progress:
-        return Progress(steps_done, self.settings.n_steps(n_rows), self.settings.steps_per_epoch(n_rows))
+    def _settings_of_base(self, name: str | None) -> dict[str, Any]:
+        """What of a base's sections decides the adapters besides its files, which count by their bytes."""
+        sections = self.cfg if name is None else self.cfg.bases[name]
+        tokenizer = config.plain(sections.tokenizer)
+        return {
+            "model": config.plain(sections.model),
+            "tokenizer": {key: value for key, value in tokenizer.items() if key not in TOKENIZER_FILES},
+            "model_type": config.plain(sections.checkpointer).get("model_type"),
+        }
+
+    def _start_of(self, name: str, adapter: str) -> Path | None:
+        """The folder of the adapter that one of a set begins with; None for a fresh one."""
+        start = self.cfg.adapter_sets[name].start_from
+        if start is None:
+            return None
+        is_shared = self.cfg.adapter_sets[start].per == "all"
+        return self.workspace.adapter_set(start) / (ALL_USERS if is_shared else adapter)
+
+    def _assignment_of(self, name: str) -> dict[str, str]:
+        """Each user's adapter in an imported set."""
+        per = self.cfg.adapter_sets[name].per
+        return assign_users_to_adapters(self.samples, per=per, shuffle_personas=False, seed=self.cfg.seed)
+
+    def _checkpoints(
+        self, name: str, settings: dict[str, Any], inputs: Sequence[Path], shared: dict[str, str]
+    ) -> Checkpoints:
+        settings = {**settings, "seed": self.cfg.seed}
+        hashes = self.processes.from_first(lambda: sha256_of_inputs(inputs))
+        device = self.cfg.device.partition(":")[0]
+        origin = Origin(name, settings, hashes, device, stage_key(settings, hashes), shared)
+        folder = checkpoint_folder(self.workspace.adapter_set(name))
+        return Checkpoints(folder, origin, self.cfg.training.keep_last_n_checkpoints)
+
+    def _find_checkpoint(self, name: str, checkpoints: Checkpoints) -> Checkpoint | None:
+        """What to go on from. Only the first set that isn't finished was stopped: later ones start anew."""
+        found, note = self.processes.from_first(lambda: checkpoints.find(self._resume))
+        self._resume = None if self._resume else self._resume
+        if note:
+            self._say(f"adapters/{name}: {note}")
+        if found is not None:
+            checkpoints.go_on_from(found)
+        return found
+
+    def _what_is_kept(self, set_name: str, done: int, n_steps: int) -> str:
+        what = f"adapters/{set_name} stopped after step {done} of {n_steps}"
+        if not self.cfg.training.keep_last_n_checkpoints:
+            return f"{what}, without a checkpoint"
+        if self.cfg.resume_from_checkpoint is False:
+            return f"{what}, its checkpoint is kept; leave out resume_from_checkpoint=false"
+        return f"{what}, its checkpoint is kept"
+
+    def _base(self, name: str | None) -> BaseModel:
+        if name not in self._bases:
+            self._bases.clear()  # one base in memory at a time
+            sections = config.base_sections(self.cfg, name)
+            self._bases[name] = load_base(
+                **sections,
+                device=self.cfg.device,
+                dtype=self.cfg.dtype,
+                enable_activation_checkpointing=self.cfg.enable_activation_checkpointing,
+                compile=self.cfg.compile,
+                sharded=self._sharded[name],
+            )
+        return self._bases[name]
+
+    def _dataset(self, base_name: str | None, memories: MemoriesSeen) -> RatingDataset:
+        key = (base_name, memories)
+        if key not in self._datasets:
+            dataset = RatingDataset(self._base(base_name).tokenizer, self.source, self.samples, memories)
+            self._datasets[key] = dataset
+            if dataset.n_shortened:
+                self._say(f"{dataset.n_shortened} of {len(dataset)} prompts were shortened to fit the context")
+        return self._datasets[key]
 
     def _job(self, base: BaseModel, dataset: RatingDataset, set_name: str, plan: AdapterPlan, team: Team) -> AdapterJob:
         name = f"{set_name}/{plan.adapter}"
@@ -420,79 +391,21 @@ class PersonaLoraRecipe:
             put_to_wait(base.bank, job)
         return job
 
-    def _settle_sharing(self, base: BaseModel, jobs: Sequence[AdapterJob], loss_fn: Any) -> TrainingSettings:
-        """The settings, without shared prefixes if these turn out to give other gradients in one of the processes."""
-        if self.settings.prefix_sharing == "off":
-            return self.settings
-        check = check_first_group(base.model, base.bank, jobs, loss_fn, self.settings, base.tokenizer.pad_id)
-        problems = [problem for problem in self.processes.gather(check.problem) if problem is not None]
-        if not problems:
-            return self.settings
-        if self.processes.is_first:
-            line = f"{problems[0]}; training goes on without sharing, at several times the cost"
-            warnings.warn(line, stacklevel=1)
-        return replace(self.settings, prefix_sharing="off")
+    def _saving(self, base_name: str | None, stage: Stage) -> Callable[..., None]:
+        """What writes one adapter of a set; every process calls this."""
+        base, files = self._base(base_name), checkpoint_inputs(**config.base_sections(self.cfg, base_name))
+        record = self.processes.from_first(lambda: record_base(base.model_type, base.checkpoint_dir, files))
+        return partial(save_in_set, stage, shape=lora_shape(base.model), base=record)
 
-    def _restore(self, base: BaseModel, jobs: Sequence[AdapterJob], team: Team, start: Checkpoint) -> None:
-        for job in jobs:
-            restore_job(base.bank, job, start.read(_part_name(job)), leads=team.leads)
-            if not team.leads:
-                base.bank[job.name].rng = start.read(_part_name(job, team.index))
-        if self._process_part in start.parts:  # a checkpoint of fewer processes has fewer of them
-            restore_process(start.read(self._process_part))
-
-    @property
-    def _process_part(self) -> str:
-        return f"process_{self.processes.rank}"
-
-    def _save_checkpoint(
-        self, base: BaseModel, jobs: Sequence[AdapterJob], team: Team, checkpoints: Checkpoints
-    ) -> None:
-        if not self.cfg.training.keep_last_n_checkpoints:
-            return
-        parts = [Part(self._process_part, process_state)]
-        for job in jobs:
-            if team.leads:
-                parts.append(Part(_part_name(job), partial(job_state, base.bank, job), job.steps_done))
-            else:
-                parts.append(Part(_part_name(job, team.index), partial(_stream_of, base, job), job.steps_done))
-        checkpoints.save(self._n_done(jobs, team), parts, self.processes)
-
-    def _what_is_kept(self, set_name: str, done: int, n_steps: int) -> str:
-        what = f"adapters/{set_name} stopped after step {done} of {n_steps}"
-        if not self.cfg.training.keep_last_n_checkpoints:
-            return f"{what}, without a checkpoint"
-        if self.cfg.resume_from_checkpoint is False:
-            return f"{what}, its checkpoint is kept; leave out resume_from_checkpoint=false"
-        return f"{what}, its checkpoint is kept"
-
-    def _base(self, name: str | None) -> BaseModel:
-        if name not in self._bases:
-            self._bases.clear()  # one base in memory at a time
-            sections = config.base_sections(self.cfg, name)
-            files = checkpoint_inputs(**sections)
-            self._bases[name] = load_base(
-                **sections,
-                device=self.cfg.device,
-                dtype=self.cfg.dtype,
-                enable_activation_checkpointing=self.cfg.enable_activation_checkpointing,
-                compile=self.cfg.compile,
-                sharded=self._sharded[name],
-            )
-            base = self._bases[name]
-            self._records[name] = self.processes.from_first(
-                lambda: record_base(base.model_type, base.checkpoint_dir, files)
-            )
-        return self._bases[name]
-
-    def _dataset(self, base_name: str | None, memories: MemoriesSeen) -> RatingDataset:
-        key = (base_name, memories)
-        if key not in self._datasets:
-            dataset = RatingDataset(self._base(base_name).tokenizer, self.source, self.samples, memories)
-            self._datasets[key] = dataset
-            if dataset.n_shortened:
-                self._say(f"{dataset.n_shortened} of {len(dataset)} prompts were shortened to fit the context")
-        return self._datasets[key]
+    def _logger(self) -> Any:
+        logger = config.instantiate(
+            self.cfg,
+            "metric_logger",
+            default="torchtune.training.metric_logging.DiskLogger",
+            log_dir=str(self.workspace.root / "logs"),
+        )
+        logger.log_config(config.without_secrets(self.cfg))
+        return logger
 
     def _profiler(self) -> Any:
         if self.cfg.profiler is None:
@@ -500,39 +413,9 @@ class PersonaLoraRecipe:
         profiler, _ = config.instantiate(self.cfg, "profiler")
         return profiler
 
-    def _save(self, base: BaseModel, name: str, stage: Stage, trained_on: BaseRecord, record: dict[str, Any]) -> None:
-        folder = name.rpartition("/")[2]
-        weights = base.bank[name].state_dict()
-        path = stage.path(f"{folder}/{NATIVE_FILE}").parent
-        for file in save_adapter(path, weights, lora_shape(base.model), trained_on):
-            stage.path(f"{folder}/{file}")
-        stage.write_json(f"{folder}/training.json", record)
-
-    def _write_assignment(self, stage: Stage, assignment: dict[str, str]) -> None:
-        table = pa.table({"user_id": list(assignment), "adapter": list(assignment.values())})
-        stage.write_table("assignment.parquet", table)
-
     def _say(self, text: str) -> None:
         if self.processes.is_first:
             print(f"persona_lora: {text}")
-
-
-def _stream_of(base: BaseModel, job: AdapterJob) -> dict[str, torch.Tensor]:
-    return base.bank[job.name].rng
-
-
-def _each_told_to(profiler: Any, steps: Iterator[StepReport]) -> Iterator[StepReport]:
-    for report in steps:
-        profiler.step()
-        yield report
-
-
-def _adapter_of(job: AdapterJob) -> str:
-    return job.name.rpartition("/")[2]
-
-
-def _part_name(job: AdapterJob, stream: int = 0) -> str:
-    return f"adapter_{_adapter_of(job)}" + (f"_stream_{stream}" if stream else "")
 
 
 @config.parse_in_processes

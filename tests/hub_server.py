@@ -1,4 +1,8 @@
-"""A Hugging Face Hub on a loopback socket that takes model repositories: what was asked of it, and what it holds."""
+"""A stand-in for the Hugging Face Hub on a loopback socket: what was asked of it, and what it holds.
+
+It takes every file within the commit. The real one has large files, weights among them, uploaded apart (LFS); that part
+of the client never runs here.
+"""
 
 import base64
 import json
@@ -77,6 +81,9 @@ class _Handler(BaseHTTPRequestHandler):
         if "/preupload/" in path:
             files = [{"path": each["path"], "uploadMode": "regular"} for each in json.loads(body)["files"]]
             return self._answer(200, {"files": [{**each, "shouldIgnore": False, "oid": None} for each in files]})
+        if "/tree/" in path:
+            files = hub.files.get(repository, {})
+            return self._answer(200, [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in files])
         if "/commit/" in path:
             return self._answer(200, self._commit(hub, repository, body))
         return self._answer(200, {"id": repository, "sha": "0" * 40, "siblings": [], "private": True})
@@ -87,6 +94,8 @@ class _Handler(BaseHTTPRequestHandler):
             if entry["key"] == "file":
                 content = base64.b64decode(entry["value"]["content"])
                 hub.files.setdefault(repository, {})[entry["value"]["path"]] = content
+            if entry["key"] == "deletedFile":
+                del hub.files[repository][entry["value"]["path"]]
         return {"success": True, "commitUrl": f"{hub.url}/{repository}/commit/1", "commitOid": "1" * 40}
 
     def _answer(self, status: int, value: Any) -> None:

@@ -1,4 +1,6 @@
-"""The models of the bundled configs as their `config.json` on the Hub describes them, and random tiny ones like them.
+"""The models of the bundled configs as their `config.json` on the Hub should describe them, and random tiny ones alike.
+
+The constants were written down by hand on 2026-11-20; the Hub was not within reach, so no `config.json` was read.
 
 A tiny one keeps what the numbers of a model depend on: RoPE, the norms' epsilon, biases, tied embeddings, how many
 query heads share a key head; names and number of its files are those of the YAML. Only its sizes are smaller.

@@ -19,6 +19,7 @@ from torchtune.modules import MultiHeadAttention
 from torchtune.modules.peft import get_adapter_params
 
 from personas_tune.adapters.bank import AdapterBank
+from personas_tune.adapters.devices import find_device
 from personas_tune.adapters.sharding import make_room_for_adapters, on_first_process, shard
 from personas_tune.datasets.tiktoken_files import read_afresh
 from personas_tune.datasets.tokens import ChatTokenizer
@@ -101,7 +102,7 @@ def load_base(
         CheckpointError: If the checkpoint is damaged or doesn't fit the model.
     """
     raise_together(missing_base_files(model, tokenizer, checkpointer))
-    torch_device = _find_device(device)
+    torch_device = find_device(device)
     try:
         torch_dtype = training.get_dtype(dtype, device=torch_device)
     except RuntimeError as error:
@@ -268,18 +269,6 @@ def _instantiate(component: Mapping[str, Any], where: str) -> Any:
             where=where,
             remedy="check this section's values",
         ) from error
-
-
-def _find_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device {name!r}", where="device", remedy="use cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r} has not been tried", where="device", remedy="use cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("no CUDA device on this machine", where="device", remedy="set device=cpu dtype=fp32")
-    return device
 
 
 def _load_weights(network: nn.Module, checkpointer: Mapping[str, Any]) -> None:

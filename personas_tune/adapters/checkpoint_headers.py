@@ -58,11 +58,11 @@ def read_headers(files: list[Path]) -> Headers:
                 for name in opened.keys():  # noqa: SIM118 - it is no mapping
                     part = opened.get_slice(name)
                     if name in weights:
-                        raise _unusable(file, f"weight {name} is in another file, too")
+                        raise _unusable(file, f"weight {name[:100]!r} is in another file, too")
                     weights[name] = torch.empty(part.get_shape(), device="meta")
                     dtypes[str(part.get_dtype())] += 1
         except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
-            raise _unusable(file, f"no whole safetensors file ({_flat(error)})") from error
+            raise _unusable(file, f"no whole safetensors file ({reason_of(error)})") from error
     return Headers(weights, dtypes, sum(file.stat().st_size for file in files))
 
 
@@ -87,7 +87,7 @@ def check_index(folder: Path, files: list[Path], headers: Headers) -> str | None
         )
     lost = sorted(places.keys() - headers.weights.keys())
     if lost:
-        raise _unusable(index, f"weight {lost[0]} is in none of the files")
+        raise _unusable(index, f"weight {lost[0][:100]!r} is in none of the files")
     return f"{len(places)} weights in {len(set(places.values()))} files"
 
 
@@ -100,7 +100,7 @@ def read_object(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise _unusable(file, f"no JSON ({_flat(error)})") from error
+        raise _unusable(file, f"no JSON ({reason_of(error)})") from error
     if not isinstance(found, dict):
         raise _unusable(file, f"a JSON {type(found).__name__}, not an object")
     return found
@@ -124,7 +124,7 @@ def misfits(network: nn.Module, headers: Headers, described: Mapping[str, Any], 
         held = _converter(model_type, described)(dict(headers.weights))
     except Exception as error:  # whatever names, shapes and config.json lead to
         raise CheckpointError(
-            f"weights don't have the names or shapes of {model_type} ({_flat(error)})",
+            f"weights don't have the names or shapes of {model_type} ({reason_of(error)})",
             where="checkpointer",
             remedy="check checkpointer.model_type and the folder's config.json",
         ) from error
@@ -165,5 +165,7 @@ def _unusable(file: Path, what: str) -> CheckpointError:
     return CheckpointError(what, where=str(file), remedy="download or make it again")
 
 
-def _flat(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def reason_of(error: BaseException) -> str:
+    """A library's error as a short text without control characters: it may quote the file that it is about."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(error))
+    return " ".join(text.split())[:200] or type(error).__name__

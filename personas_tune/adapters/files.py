@@ -15,7 +15,7 @@ from personas_tune.adapters.layouts import Layout, read_layout
 from personas_tune.adapters.peft_files import WEIGHT_SUFFIXES, save_peft
 from personas_tune.adapters.peft_form import to_peft, why_no_peft_form
 from personas_tune.errors import CheckpointError, ConfigError, MissingInputError
-from personas_tune.workspace import sha256_of_file
+from personas_tune.workspace import Stage, full_disk_in_a_line, sha256_of_file
 
 NATIVE_FILE = "adapter.safetensors"
 
@@ -137,6 +137,39 @@ def save_adapter(folder: Path, weights: Mapping[str, Tensor], shape: LoraShape, 
         return [NATIVE_FILE]
     peft = to_peft(weights, base.layout, alpha=shape.alpha, dropout=shape.dropout, base_model=base.base_model)
     return [NATIVE_FILE, *save_peft(folder, peft, origin)]
+
+
+def save_in_set(
+    stage: Stage,
+    name: str,
+    weights: Mapping[str, Tensor],
+    *,
+    shape: LoraShape,
+    base: BaseRecord,
+    rows: int = 0,
+    steps: int = 0,
+    validation_losses: Sequence[float] = (),
+    **origin: str | None,
+) -> None:
+    """Write an adapter's folder within its set: the files of :func:`save_adapter`, and ``training.json``.
+
+    Args:
+        stage: The set.
+        name: The adapter's.
+        weights: See :func:`save_adapter`, as ``shape`` and ``base``.
+        rows: How many it was trained on; none if it is imported.
+        steps: Optimizer steps that it took.
+        validation_losses: One per epoch.
+        origin: Where an imported one comes from.
+
+    Raises:
+        ConfigError: If the disk is full.
+    """
+    record = {"rows": rows, "steps": steps, "validation_losses": list(validation_losses), **origin}
+    with full_disk_in_a_line(stage.folder):
+        for file in save_adapter(stage.path(f"{name}/{NATIVE_FILE}").parent, weights, shape, base):
+            stage.path(f"{name}/{file}")
+        stage.write_json(f"{name}/training.json", record)
 
 
 def lora_shape(model: nn.Module) -> LoraShape:

@@ -165,7 +165,7 @@ def modules_in(module: str, layout: Layout) -> list[str]:
     if module == _OUTPUT[1]:
         return [_OUTPUT[0]]
     words = module.split(".", 3)
-    if len(words) < 4 or words[:2] != ["model", "layers"] or not re.fullmatch("[0-9]{1,6}", words[2]):
+    if len(words) < 4 or words[:2] != ["model", "layers"] or not re.fullmatch("0|[1-9][0-9]{0,5}", words[2]):
         return []
     parts = _FUSED.get(words[3], ()) if layout.fused else ()
     parts = parts or tuple(own for own, other in _UNFUSED.items() if other == words[3])

@@ -3,6 +3,8 @@
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
+from reprlib import Repr
 from typing import Any
 
 from personas_tune.errors import AdapterError, PersonasTuneError, raise_together
@@ -45,9 +47,19 @@ _REFUSED = {
 
 # Ways to begin that leave the base as it is; the others (PiSSA, OLoRA, CorDA, LoftQ, ...) change it.
 _HARMLESS_STARTS = ("gaussian", "eva", "orthogonal")
-_LARGEST_RANK = 1 << 20
+_LARGEST_RANK = 1 << 14
+_ALPHAS = (1e-6, 1e12)  # far wider than what is in use; a scale beyond would only be a disguised 0 or infinity
 _LONGEST_PATTERN = 200
-_MOST_PATTERNS = 512
+_MOST_PATTERNS = 1024  # PEFT writes up to one a module; Llama's largest has 882
+_MOST_TARGETS = 4096
+_MOST_NAMED = 8
+
+# Keys of rank_pattern and alpha_pattern that are understood: modules' names or their ends, and of regular expressions
+# a dot, an escaped dot and ".*".
+_PATTERN = re.compile(r"\^?(?:[\w-]|\\\.|\.\*?)+\$?", re.ASCII)
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60
 
 
 def lora_config(
@@ -108,30 +120,40 @@ def require_plain_lora(config: Mapping[str, Any], where: str) -> None:
         AdapterError: For one thing in it; names what would help.
         SeveralErrors: For several.
     """
-    problems = [*_wrong_kind(config, where), *_wrong_numbers(config, where)]
+    problems = [*_wrong_kind(config, where), *_wrong_numbers(config, where), *_unclear_patterns(config, where)]
+    unknown = []
     for key, value in config.items():
-        if key not in _UNDERSTOOD and value != PLAIN.get(key) and value not in (None, False, "none", [], {}):
-            why, remedy = _REFUSED.get(key, ("unknown here", f"remove it if the adapter means the same without {key}"))
-            problems.append(_problem(f"{key} is {_cut(value)}: {why}", where, remedy))
+        if key in _UNDERSTOOD or value == PLAIN.get(key) or value in (None, False, "none", [], {}):
+            continue
+        if key in _REFUSED:
+            why, remedy = _REFUSED[key]
+            problems.append(_problem(f"{key} is {cut(value)}: {why}", where, remedy))
+        else:
+            unknown.append(key)
+    if unknown:
+        names = ", ".join(map(cut, unknown[:_MOST_NAMED]))
+        more = f" and {len(unknown) - _MOST_NAMED} more" if len(unknown) > _MOST_NAMED else ""
+        remedy = "remove them if the adapter means the same without"
+        problems.append(_problem(f"settings unknown here: {names}{more}", where, remedy))
     raise_together(problems)
 
 
 def _wrong_kind(config: Mapping[str, Any], where: str) -> list[PersonasTuneError]:
     problems: list[PersonasTuneError] = []
     if config.get("peft_type") != "LORA":
-        kind = _cut(config.get("peft_type"))
+        kind = cut(config.get("peft_type"))
         problems.append(_problem(f"peft_type is {kind}", where, "only LORA adapters (DoRA ones too) can be imported"))
     start = config.get("init_lora_weights", True)
     if not isinstance(start, bool | None) and not (isinstance(start, str) and start.lower() in _HARMLESS_STARTS):
         remedy = "save it with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
-        problems.append(_problem(f"init_lora_weights is {_cut(start)}: it changed the base", where, remedy))
+        problems.append(_problem(f"init_lora_weights is {cut(start)}: it changed the base", where, remedy))
     return problems
 
 
 def _wrong_numbers(config: Mapping[str, Any], where: str) -> list[PersonasTuneError]:
     checks: list[tuple[str, Callable[[Any], bool], str]] = [
-        ("r", _is_rank, "a whole number from 1 on"),
-        ("lora_alpha", _is_alpha, "a number above 0"),
+        ("r", _is_rank, f"a whole number from 1 to {_LARGEST_RANK}"),
+        ("lora_alpha", _is_alpha, "a number from 1e-6 on, below 1e12"),
         ("rank_pattern", lambda value: _is_pattern(value, _is_rank), "an object of ranks by module"),
         ("alpha_pattern", lambda value: _is_pattern(value, _is_alpha), "an object of alphas by module"),
         ("use_rslora", lambda value: isinstance(value, bool | None), "true or false"),
@@ -140,7 +162,7 @@ def _wrong_numbers(config: Mapping[str, Any], where: str) -> list[PersonasTuneEr
         ("target_modules", _is_targets, "a text or a list of names"),
     ]
     return [
-        _problem(f"{key} is {_cut(config.get(key))}", where, f"it should be {expected}")
+        _problem(f"{key} is {cut(config.get(key))}", where, f"it should be {expected}")
         for key, fits, expected in checks
         if not fits(config.get(key))
     ]
@@ -151,36 +173,31 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_alpha(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e12
+    return isinstance(value, int | float) and not isinstance(value, bool) and _ALPHAS[0] <= value < _ALPHAS[1]
 
 
 def _is_pattern(value: object, fits: Callable[[object], bool]) -> bool:
     if value is None:
         return True
-    if not isinstance(value, dict) or len(value) > _MOST_PATTERNS or len(_repetitions("".join(value))) > _MOST_PATTERNS:
-        return False
-    return all(_is_readable(key) and fits(each) for key, each in value.items())
-
-
-def _repetitions(pattern: str) -> list[str]:
-    return re.findall(r"[*+]", pattern)
-
-
-def _is_readable(pattern: str) -> bool:
-    """Whether a pattern is one whose matching ends soon: names, few repetitions, one choice at most."""
-    if len(pattern) > _LONGEST_PATTERN or not re.fullmatch(r"(?:[\w.()|*+\[\]^$-]|\\[.dw])*", pattern):
-        return False
-    if len(_repetitions(pattern)) > 3 or pattern.count("(") > 1 or re.search(r"\)[*+]", pattern):
-        return False
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
+    return isinstance(value, dict) and len(value) <= _MOST_PATTERNS and all(map(fits, value.values()))
 
 
 def _is_targets(value: object) -> bool:
-    return isinstance(value, str | None) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+    if not isinstance(value, list):
+        return isinstance(value, str | None)
+    return len(value) <= _MOST_TARGETS and all(isinstance(name, str) for name in value)
+
+
+def _unclear_patterns(config: Mapping[str, Any], where: str) -> list[PersonasTuneError]:
+    problems: list[PersonasTuneError] = []
+    for setting in ("rank_pattern", "alpha_pattern"):
+        keys = config.get(setting)
+        for key in keys if isinstance(keys, dict) else ():
+            if len(key) > _LONGEST_PATTERN or not _PATTERN.fullmatch(key):
+                remedy = "write modules' names in its place, such as model.layers.0.self_attn.q_proj"
+                problems.append(_problem(f"{setting} has a pattern that isn't understood, {cut(key)}", where, remedy))
+                break
+    return problems
 
 
 def scale_of(module: str, rank: int, config: Mapping[str, Any]) -> float:
@@ -198,15 +215,30 @@ def scale_of(module: str, rank: int, config: Mapping[str, Any]) -> float:
 def match_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first key that is, as a regular expression, the end of a module's name (PEFT's rule)."""
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if _compiled(key).match(module):
             return value
     return default
+
+
+@lru_cache(maxsize=2 * _MOST_PATTERNS)
+def _compiled(key: str) -> re.Pattern[str]:
+    """``(.*\\.)?(key)$`` so that it is matched in a time quadratic in the name's length at worst.
+
+    Between repetitions ``.*`` a key has texts of a fixed length. Where one of them is found first does as well as any
+    later place, so no other place is tried (the atomic groups): the last one only has to be the end.
+    """
+    first, *others = key.split(".*")
+    if not others:
+        return re.compile(rf"(?:.*\.)?{first}$")
+    middle = "".join(f"(?>.*?{text})" for text in others[:-1])
+    return re.compile(rf"(?>(?:|.*?\.){first}){middle}.*{others[-1]}$")
 
 
 def _problem(what: str, where: str, remedy: str) -> AdapterError:
     return AdapterError(what, where=where, remedy=remedy)
 
 
-def _cut(value: object) -> str:
-    text = repr(value)
+def cut(value: object) -> str:
+    """A value from a file as a short text in one line."""
+    text = _SHORT.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

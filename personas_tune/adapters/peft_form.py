@@ -6,7 +6,7 @@ adapter of rank m r; alpha grows with it, so the scale alpha / r is unchanged an
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,11 +44,11 @@ class PeftAdapter:
     about: dict[str, Any] = field(default_factory=dict)
 
 
-def hf_modules(weights: Mapping[str, Tensor], where: str | None = None) -> dict[str, dict[str, str]]:
+def hf_modules(weights: Iterable[str], where: str | None = None) -> dict[str, dict[str, str]]:
     """Names of a PEFT adapter's weights by Hugging Face module, and in it by ending (``lora_A.weight``, ...).
 
     Raises:
-        AdapterError: If a weight is none of A, B and magnitude.
+        AdapterError: If a weight is none of A, B and magnitude, or there twice under two names.
     """
     modules: dict[str, dict[str, str]] = {}
     for name in weights:
@@ -59,7 +59,13 @@ def hf_modules(weights: Mapping[str, Tensor], where: str | None = None) -> dict[
                 where=where,
                 remedy="train it as a plain LoRA on linear layers",
             )
-        modules.setdefault(match[1], {})[match[2]] = name
+        if match[2] in modules.setdefault(match[1], {}):  # a magnitude's name may end in .weight or not
+            raise AdapterError(
+                f"weight {name[:100]!r} is there twice, with and without .weight",
+                where=where,
+                remedy="save the adapter with PEFT again",
+            )
+        modules[match[1]][match[2]] = name
     return modules
 
 

@@ -58,7 +58,7 @@ def from_peft(
         for part in (part for part in whole.places if part in ours):
             a, b = cut[part]
             weights[f"{part}.lora_a.weight"][: a.shape[0]] = a
-            weights[f"{part}.lora_b.weight"].zero_()[:, : a.shape[0]] = _folded(b, whole.scale * rank / alpha)
+            weights[f"{part}.lora_b.weight"].zero_()[:, : a.shape[0]] = _folded(b, whole.scale * rank / alpha, where)
             if whole.magnitude is not None:
                 weights[f"{part}.magnitude"].copy_(whole.rows(part, whole.magnitude))
     _require_finite(weights, where)
@@ -88,9 +88,23 @@ def _without_zeros(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return a[kept], b[:, kept]
 
 
-def _folded(b: Tensor, factor: float) -> Tensor:
-    """B with a difference of scales; a factor that is 1 but for its own rounding is left out."""
-    return b if math.isclose(factor, 1, rel_tol=1e-12) else (b.double() * factor).float()
+def _folded(b: Tensor, factor: float, where: str) -> Tensor:
+    """B with a difference of scales; a factor that is 1 but for its own rounding is left out.
+
+    Raises:
+        AdapterError: If what that leaves is so small that fp32 rounds it more coarsely than other numbers, or to 0.
+    """
+    if math.isclose(factor, 1, rel_tol=1e-12):
+        return b
+    folded = (b.double() * factor).float()
+    limits = torch.finfo(folded.dtype)
+    if b.any() and folded.abs().max() < limits.tiny / limits.eps:
+        raise AdapterError(
+            f"with its scale, lora_alpha / r, fp32 can't hold its B (factor {factor:g})",
+            where=where,
+            remedy="check lora_alpha and alpha_pattern",
+        )
+    return folded
 
 
 # What can't be imported

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from personas_tune.adapters.layouts import Layout, Place, columns_of, modules_in, place_of, rows_from_hf, rows_of
-from personas_tune.adapters.peft_config import scale_of
+from personas_tune.adapters.peft_config import cut, match_pattern, scale_of
 from personas_tune.adapters.peft_form import PeftAdapter, hf_modules
 from personas_tune.errors import AdapterError
 
@@ -66,10 +66,30 @@ def _module(module: str, names: Mapping[str, str], peft: PeftAdapter, layout: La
         what = "has no" if odd in expected else "has, without use_dora, a"
         raise AdapterError(f"{module} {what} {odd}", where=where, remedy=_AGAIN)
     found = {ending: peft.weights[name] for ending, name in names.items()}
-    strange = next((weight.dtype for weight in found.values() if not weight.dtype.is_floating_point), None)
-    if strange is not None:
-        raise AdapterError(f"{module} has weights of type {strange}", where=where, remedy="save it in fp32 or bf16")
-    a, b = found["lora_A.weight"].float(), found["lora_B.weight"].float()
+    _require_shapes(module, found, peft, layout, where)
+    broken = next((ending for ending, weight in found.items() if not torch.isfinite(weight).all()), None)
+    if broken is not None:
+        raise AdapterError(
+            f"weight {module}.{broken} is not finite", where=where, remedy="take a sound copy of the adapter"
+        )
+    a, b, magnitude = found["lora_A.weight"], found["lora_B.weight"], found.get("lora_magnitude_vector")
+    parts = modules_in(module, layout)
+    places = [place_of(part, layout) for part in parts]
+    first = min(place.start for place in places)  # of an unfused name, the part's own rows
+    return PeftModule(
+        module=module,
+        a=a.float(),
+        b=b.float(),
+        magnitude=None if magnitude is None else magnitude.float().reshape(-1),
+        dtype=a.dtype if magnitude is None else magnitude.dtype,
+        scale=scale_of(module, a.shape[0], peft.config),
+        places={part: replace(place, start=place.start - first) for part, place in zip(parts, places, strict=True)},
+    )
+
+
+def _require_shapes(module: str, found: Mapping[str, Tensor], peft: PeftAdapter, layout: Layout, where: str) -> None:
+    """Refuse shapes other than the base's and the config's; no weight is read for it."""
+    a, b, magnitude = found["lora_A.weight"], found["lora_B.weight"], found.get("lora_magnitude_vector")
     n_rows, n_columns = rows_of(module, layout), columns_of(module, layout)
     rank = a.shape[0] if a.dim() == 2 else 0
     if a.shape != (rank, n_columns) or b.shape != (n_rows, rank):
@@ -78,25 +98,12 @@ def _module(module: str, names: Mapping[str, str], peft: PeftAdapter, layout: La
             where=where,
             remedy=_OTHER_BASE,
         )
-    magnitude = found.get("lora_magnitude_vector")
     if magnitude is not None and magnitude.numel() != n_rows:
         what = f"{module} has a magnitude of {_size(magnitude)}, this base takes {n_rows}"
         raise AdapterError(what, where=where, remedy=_OTHER_BASE)
-    stated = {peft.config["r"], *(peft.config.get("rank_pattern") or {}).values()}
-    if rank not in stated:
-        raise AdapterError(f"{module} has rank {rank}, {_CONFIG} says {peft.config['r']}", where=where, remedy=_AGAIN)
-    parts = modules_in(module, layout)
-    places = [place_of(part, layout) for part in parts]
-    first = min(place.start for place in places)  # of an unfused name, the part's own rows
-    return PeftModule(
-        module=module,
-        a=a,
-        b=b,
-        magnitude=None if magnitude is None else magnitude.float().reshape(-1),
-        dtype=found["lora_A.weight"].dtype if magnitude is None else magnitude.dtype,
-        scale=scale_of(module, rank, peft.config),
-        places={part: replace(place, start=place.start - first) for part, place in zip(parts, places, strict=True)},
-    )
+    stated = match_pattern(peft.config.get("rank_pattern") or {}, module, peft.config["r"])
+    if rank != stated:
+        raise AdapterError(f"{module} has rank {rank}, {_CONFIG} says {stated}", where=where, remedy=_AGAIN)
 
 
 def _require_this_base(peft: PeftAdapter, layout: Layout, where: str) -> None:
@@ -107,11 +114,11 @@ def _require_this_base(peft: PeftAdapter, layout: Layout, where: str) -> None:
     unknown = next((module for module in found if not modules_in(module, layout)), None)
     if unknown is not None:
         raise AdapterError(f"this base has no module {unknown[:100]!r}", where=where, remedy=_OTHER_BASE)
-    name = str(peft.config.get("base_model_name_or_path") or "").lower()
-    of = [family for family, pattern in _FAMILY_NAMES.items() if re.search(pattern, name)]
+    name = str(peft.config.get("base_model_name_or_path") or "")
+    of = [family for family, pattern in _FAMILY_NAMES.items() if re.search(pattern, name.lower())]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and of and layout.family not in of:
         raise AdapterError(
-            f"it was trained on {name}, the base here is a {layout.family}", where=where, remedy=_OTHER_BASE
+            f"it was trained on {cut(name)}, the base here is a {layout.family}", where=where, remedy=_OTHER_BASE
         )
     layers = _layers_by_name(found)
     beyond = max((max(numbers) for numbers in layers.values()), default=0)
@@ -126,11 +133,11 @@ def _require_complete(peft: PeftAdapter, found: Sequence[str], layout: Layout, w
     if not isinstance(targets, list):  # a pattern: the weights tell
         return
     unnamed = next((module for module in found if not any(f".{module}".endswith(f".{name}") for name in targets)), None)
-    lacking = [name for name in targets if not any(f".{module}".endswith(f".{name}") for module in found)]
-    if unnamed is not None or lacking:
-        what = f"has weights of {unnamed}" if unnamed is not None else f"lacks weights of {lacking[0][:100]}"
+    lacking = next((name for name in targets if not any(f".{module}".endswith(f".{name}") for module in found)), None)
+    if unnamed is not None or lacking is not None:
+        what = f"lacks weights of {cut(lacking)}" if unnamed is None else f"has weights of {unnamed}"
         raise AdapterError(
-            f"it {what}, {_CONFIG} has target_modules {', '.join(sorted(targets))[:100]}", where=where, remedy=_AGAIN
+            f"it {what}, {_CONFIG} has target_modules {cut(sorted(targets))}", where=where, remedy=_AGAIN
         )
     chosen = any(peft.config.get(key) for key in ("layers_to_transform", "exclude_modules"))
     if chosen or any("." in name for name in targets):

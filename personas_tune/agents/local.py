@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from personas_tune.adapters.base_model import BaseModel, load_base
+from personas_tune.adapters.base_model import BaseModel, checkpoint_inputs, load_base
 from personas_tune.adapters.selection import load_adapter_set
 from personas_tune.agents.agent import Agent
 from personas_tune.agents.settings import find_agent
@@ -37,21 +37,24 @@ def load_agent(
         allow_paid_calls: Whether an ``openai`` embedder may embed, for money, what the journal doesn't know.
 
     Raises:
-        ConfigError: If there is no such agent, or a component doesn't take its arguments.
+        ConfigError: If there is no such agent, or a component or setting isn't what it may be.
         MissingInputError: If a stage hasn't run, or the base's files aren't there.
-        AdapterError: If an adapter doesn't fit the base.
+        AdapterError: If an adapter doesn't fit the base or was trained on another one, or a user has none.
+        DataError: If a stage's files are damaged.
         CheckpointError: If a file of the base or of an adapter is damaged.
         SeveralErrors: For several mistakes.
     """
-    settings = find_agent(experiment, agent, overrides)
+    own = {"device": device, "dtype": dtype, "evaluation.max_tokens_per_forward": max_tokens_per_forward}
+    checked = [f"{key}={value}" for key, value in own.items() if value is not None]
+    settings = find_agent(experiment, agent, overrides, checked)
     cfg = settings.cfg
-    base = load_base(**settings.base_sections, device=device or cfg.device, dtype=dtype or cfg.dtype)
+    settings.require_trained_base(checkpoint_inputs(**settings.base_sections))
+    base = load_base(**settings.base_sections, device=cfg.device, dtype=cfg.dtype)
     assignment = None
     if settings.adapters is not None:
         folder = settings.workspace.adapter_set(settings.adapters)
-        assignment = load_adapter_set(base.bank, folder, settings.adapters)
-    limit = max_tokens_per_forward or cfg.evaluation.max_tokens_per_forward
-    score = partial(_score, base, limit)
+        assignment = load_adapter_set(base.bank, folder, settings.adapters, settings.cohort)
+    score = partial(_score, base, cfg.evaluation.max_tokens_per_forward)
     return Agent(settings, base.tokenizer, assignment, score, allow_paid_calls=allow_paid_calls)
 
 

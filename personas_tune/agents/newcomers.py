@@ -5,17 +5,19 @@ from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
+from personas_tune.agents.given import require_text
+from personas_tune.agents.records import recorded
 from personas_tune.agents.settings import AgentSettings
+from personas_tune.datasets.source import Tiers
 from personas_tune.errors import DataError, DistillError
 from personas_tune.memory.tables import memories_table
 from personas_tune.memory.taste import Scale
 from personas_tune.memory.template import distill_by_template
 from personas_tune.personas.files import assign_new_users
-from personas_tune.prompts.render import ItemText, label_of
+from personas_tune.prompts.render import ItemText
 from personas_tune.prompts.templates import TRAITS
-from personas_tune.workspace import MANIFEST, read_json
+from personas_tune.workspace import MANIFEST
 
-Tiers = tuple[int, int, int]
 Rated = tuple[str, float]  # item_id, rating
 MIDDLE: Tiers = (2, 2, 2)  # what traits are where nothing is known of them
 
@@ -38,6 +40,7 @@ class NewUser:
         memories: A memory of each rating, oldest first.
         persona: The nearest persona.
         distance: How far the profile is from that persona's centre.
+        adapter: The adapter that answers for this user, ``SET/ADAPTER``; None for the base alone.
     """
 
     user_id: str
@@ -45,21 +48,7 @@ class NewUser:
     memories: tuple[str, ...]
     persona: int
     distance: float
-
-
-def require_ratings(ratings: Sequence[Rated], labels: Sequence[str]) -> None:
-    """Refuse ratings off the scale, and two ratings of one item.
-
-    Raises:
-        PromptError: If a rating has no label.
-        DataError: If an item is rated twice.
-    """
-    for _, rating in ratings:
-        label_of(rating, labels)
-    item_ids = [item_id for item_id, _ in ratings]
-    twice = next((item_id for item_id in item_ids if item_ids.count(item_id) > 1), None)
-    if twice is not None:
-        raise DataError("rated twice", where=f"item {twice}", remedy="give the latest rating of each item")
+    adapter: str | None = None
 
 
 def describe_newcomer(
@@ -88,18 +77,27 @@ def describe_newcomer(
         by_template: Use the template distiller though it didn't write the cohort's texts.
 
     Raises:
+        DataError: If a given text is none.
         DistillError: If a text is missing that the template distiller may not write.
     """
+    for text in [*([] if profile is None else [profile]), *_given_memories(memories)]:
+        require_text(text, f"a text of {user_id}")
     if memories is not None and len(memories) != len(ratings):
         raise DistillError(f"{len(memories)} memories of {len(ratings)} ratings", where=user_id, remedy="give one each")
     if profile is None or (memories is None and ratings):
         written = _by_template(settings, user_id, ratings, items, tiers, by_template)
-        profile = profile or str(written[0])
+        profile = str(written[0]) if profile is None else profile
         memories = written[1] if memories is None else memories
     rows = zip(ratings, memories or (), strict=True)
     return profile, memories_table(
         (user_id, item_id, position, float(rating), memory) for position, ((item_id, rating), memory) in enumerate(rows)
     )
+
+
+def _given_memories(memories: Sequence[str] | None) -> Sequence[str]:
+    if isinstance(memories, str):
+        raise DataError("memories is no list", where=repr(memories[:40]), remedy="give a list, one of each rating")
+    return memories or ()
 
 
 def place_newcomer(settings: AgentSettings, user_id: str, profile: str, *, allow_paid_calls: bool) -> tuple[int, float]:
@@ -140,7 +138,7 @@ def _by_template(
         pa.Table.from_pylist(described, _ITEMS),
         users,
         scale=Scale(**settings.cfg.data.rating_scale),
-        template=read_json(settings.workspace.root / "memory" / MANIFEST)["settings"]["template"],
+        template=str(recorded(settings.workspace.root / "memory" / MANIFEST, "settings").get("template")),
         batch_size=made_with["batch_size"],
         max_words=made_with["max_words"],
     )

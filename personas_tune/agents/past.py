@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from personas_tune.agents.records import recorded
 from personas_tune.agents.settings import AgentSettings
 from personas_tune.collaborative.neighbours import neighbour_ratings
 from personas_tune.embedding.vectors import Embeddings, embed_repeated
@@ -15,7 +16,7 @@ from personas_tune.prompts.render import ItemText, Neighbours
 from personas_tune.retrieval.index import MemoryIndex, build_index
 from personas_tune.retrieval.samples import MemorySearch
 from personas_tune.retrieval.texts import ProfilesInTime, RetrievalTexts, item_text
-from personas_tune.workspace import COLUMNS, MANIFEST, read_json, read_table
+from personas_tune.workspace import COLUMNS, MANIFEST, read_table
 
 Asked = tuple[str, str]  # user_id, item_id
 
@@ -44,6 +45,11 @@ class Past:
     _of_item: dict[str, str] = field(default_factory=dict)
     _indexes: dict[str, MemoryIndex | None] = field(default_factory=dict)
     _histories: dict[str, pa.Table] = field(default_factory=dict)
+
+    @property
+    def names_neighbours(self) -> bool:
+        """Whether prompts say what like-minded users gave an item."""
+        return self.train is not None
 
     @classmethod
     def of(cls, settings: AgentSettings, items: Mapping[str, ItemText], *, allow_paid_calls: bool) -> "Past":
@@ -149,7 +155,7 @@ class Past:
 
 def _load_search(settings: AgentSettings, allow_paid_calls: bool) -> MemorySearch | None:
     samples = settings.workspace.root / "samples"
-    if "index/index.json" not in read_json(samples / MANIFEST)["outputs"]:  # there was no memory to find
+    if "index/index.json" not in recorded(samples / MANIFEST, "outputs"):  # there was no memory to find
         return None
     means = settings.embedding_if(allow_paid_calls, "retrieval")
     return MemorySearch.load(samples / "index", means)

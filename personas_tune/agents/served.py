@@ -4,30 +4,34 @@ A label's probability is the product over its answer's tokens, as of agents in t
 is asked what may come next after the prompt, and after the prompt with the beginning of each answer.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from personas_tune.adapters.base_model import build_on_meta, load_tokenizer
+from personas_tune.adapters.base_model import TOKENIZER_FILES, build_on_meta, load_tokenizer
+from personas_tune.adapters.selection import read_assignment
 from personas_tune.agents.agent import Agent
 from personas_tune.agents.settings import AgentSettings, find_agent
 from personas_tune.datasets import ChatTokenizer, RatingDataset
-from personas_tune.errors import PromptError, ServerError
+from personas_tune.errors import ConfigError, PromptError, ServerError
 from personas_tune.evaluation.readouts import Probabilities
-from personas_tune.llm.scoring import MOST_TOKENS_ASKED, LogProbabilities, Reading, read_next_tokens, served_models
+from personas_tune.llm.scoring import MOST_TOKENS_ASKED, LogProbabilities, Reading, Scorer
 from personas_tune.llm.settings import ServerSettings
-from personas_tune.workspace import read_json, read_table
+from personas_tune.workspace import read_json
 
 Begun = tuple[int, ...]  # the beginning of an answer
+Hosted = dict[str | None, tuple[str, str]]  # of an adapter, or the base (None): the address and its name there
 
 
 def load_served_agent(
     experiment: str | Path,
     agent: str,
     *,
-    base_url: str,
+    base_url: str | Mapping[str, str],
     concurrency: int = 32,
     timeout_s: float = 120,
     max_retries: int = 8,
@@ -37,13 +41,14 @@ def load_served_agent(
     """An agent whose base and adapters are on a server; here it takes the tokenizer and the experiment's files.
 
     An adapter goes by the name ``SET-ADAPTER`` there, such as ``persona-0``. A key, if the server wants one, is
-    read from ``OPENAI_API_KEY``.
+    read from ``OPENAI_API_KEY`` now. Connections stay open until the agent is closed or let go of.
 
     Args:
         experiment: As for :func:`load_agent`.
         agent: Its name under ``agents``.
-        base_url: The server's address, such as ``http://localhost:8000/v1``.
-        concurrency: Most requests in flight; a request has one item.
+        base_url: The server's address, such as ``http://localhost:8000/v1``; for merged adapters, of which a server
+            has one, a mapping from each name (``persona-0``) to its address.
+        concurrency: Most requests in flight to one address; a request has one item.
         timeout_s: For a whole request.
         max_retries: Of one request after 408, 409, 429, 5xx and broken connections.
         overrides: ``key=value`` for the config, as on a recipe's command line.
@@ -51,52 +56,87 @@ def load_served_agent(
 
     Raises:
         ServerError: If the server is down, or doesn't host what the agent needs.
-        ConfigError: If there is no such agent, or the address is none.
+        ConfigError: If there is no such agent, an address is none, or a bound isn't what it may be.
+        AdapterError: If the tokenizer isn't the one that the adapters were trained with, or a user has no adapter.
+        DataError: If a stage's files are damaged.
         MissingInputError: If a stage hasn't run.
         SeveralErrors: For several mistakes.
     """
+    bounds: dict[str, Any] = {"concurrency": concurrency, "timeout_s": timeout_s, "max_retries": max_retries}
+    _require_bounds(bounds)
+    addresses = {"": base_url} if not isinstance(base_url, Mapping) else dict(base_url)
+    for address in addresses.values() or [None]:
+        if not isinstance(address, str) or not address.strip():  # never the public one that the environment may name
+            raise ConfigError("no address", where="base_url", remedy="give one, such as http://localhost:8000/v1")
     settings = find_agent(experiment, agent, overrides)
     sections = settings.base_sections
+    files = [sections["tokenizer"].get(key) for key in TOKENIZER_FILES]
+    settings.require_trained_base([Path(str(file)) for file in files if file is not None and Path(str(file)).is_file()])
     tokenizer = load_tokenizer(sections["tokenizer"], build_on_meta(sections["model"], settings.cfg.dtype))
-    assignment = None if settings.adapters is None else _read_assignment(settings, settings.adapters)
-    server = ServerSettings(
-        model="", base_url=base_url, concurrency=concurrency, timeout_s=timeout_s, max_retries=max_retries
-    )
-    names = _served_names(settings, server, assignment)
-    score = partial(_score, server, tokenizer, names)
-    return Agent(settings, tokenizer, assignment, score, allow_paid_calls=allow_paid_calls)
+    assignment = None
+    if settings.adapters is not None:
+        folder = settings.workspace.adapter_set(settings.adapters)
+        assignment = read_assignment(folder, settings.adapters, settings.cohort)
+    servers = {url: ServerSettings(model="", base_url=url, **bounds) for url in addresses.values()}
+    scorer = Scorer(servers)
+    try:
+        hosted = _find_models(settings, scorer, addresses, assignment)
+        score = partial(_score, scorer, tokenizer, hosted)
+        return Agent(settings, tokenizer, assignment, score, allow_paid_calls=allow_paid_calls, close=scorer.close)
+    except BaseException:
+        scorer.close()
+        raise
 
 
-def _read_assignment(settings: AgentSettings, adapters: str) -> dict[str, str]:
-    path = settings.workspace.adapter_set(adapters) / "assignment.parquet"
-    rows = read_table(path, ("user_id", "adapter")).to_pylist()
-    return {row["user_id"]: f"{adapters}/{row['adapter']}" for row in rows}
+def _require_bounds(bounds: Mapping[str, Any]) -> None:
+    least = {"concurrency": 1, "max_retries": 0}
+    for key, value in bounds.items():
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if key in least and not (is_whole and value >= least[key]):
+            raise ConfigError(f"{value!r} is too few", where=key, remedy=f"give a whole number from {least[key]} on")
+    timeout_s = bounds["timeout_s"]
+    if not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
+        raise ConfigError(f"{timeout_s!r} is no time", where="timeout_s", remedy="give seconds above 0")
 
 
-def _served_names(
-    settings: AgentSettings, server: ServerSettings, assignment: Mapping[str, str] | None
-) -> dict[str | None, str]:
-    """What the server calls each adapter, or the base (None).
+def _find_models(
+    settings: AgentSettings, scorer: Scorer, addresses: Mapping[str, str], assignment: Mapping[str, str] | None
+) -> Hosted:
+    """Where each adapter, or the base (None), is served, and what it is called there.
 
     Raises:
-        ServerError: If it doesn't have one of them.
+        ConfigError: If no address is given for one of them.
+        ServerError: If a server doesn't have one of them.
     """
-    models = served_models(server)
-    where = str(server.base_url).rpartition("@")[2]
-    listed = ", ".join(model.name for model in models) or "nothing"
     if assignment is None:
-        merged = tuple(f"{name}-" for name in settings.cfg.adapter_sets)
-        bases = [model.name for model in models if model.parent is None and not model.name.startswith(merged)]
-        if len(bases) != 1:
-            remedy = f"serve the agent's base: {_command(settings, ())}"
-            raise ServerError(f"not one base is served, but {listed}", where=where, remedy=remedy)
-        return {None: bases[0]}
-    names: dict[str | None, str] = {adapter: adapter.replace("/", "-") for adapter in sorted(set(assignment.values()))}
-    missing = sorted(set(names.values()) - {model.name for model in models})
-    if missing:
-        remedy = f"serve them: {_command(settings, sorted(names.values()))}"
-        raise ServerError(f"{', '.join(missing)} not served, but {listed}", where=where, remedy=remedy)
-    return names
+        if "" not in addresses:
+            raise ConfigError("several addresses", where="base_url", remedy="the base alone takes one address")
+        return {None: (addresses[""], _find_base(settings, scorer, addresses[""]))}
+    names = {adapter: adapter.replace("/", "-") for adapter in sorted(set(assignment.values()))}
+    unknown = [name for name in names.values() if "" not in addresses and name not in addresses]
+    if unknown:
+        raise ConfigError(f"no address of {unknown[0]}", where="base_url", remedy="name one for each adapter")
+    hosted: Hosted = {adapter: (addresses.get(name, addresses.get("", "")), name) for adapter, name in names.items()}
+    for url in dict.fromkeys(url for url, _ in hosted.values()):
+        here = sorted(name for at, name in hosted.values() if at == url)
+        listed = [model.name for model in scorer.models(url)]
+        missing = [name for name in here if name not in listed]
+        if missing:
+            what = f"{', '.join(missing)} not served, but {', '.join(listed) or 'nothing'}"
+            remedy = f"serve them: {_command(settings, sorted(names.values()))}"
+            raise ServerError(what, where=scorer.shown_urls[url], remedy=remedy)
+    return hosted
+
+
+def _find_base(settings: AgentSettings, scorer: Scorer, url: str) -> str:
+    models = scorer.models(url)
+    merged = tuple(f"{name}-" for name in settings.cfg.adapter_sets)
+    bases = [model.name for model in models if model.parent is None and not model.name.startswith(merged)]
+    if len(bases) != 1:
+        listed = ", ".join(model.name for model in models) or "nothing"
+        remedy = f"serve the agent's base: {_command(settings, ())}"
+        raise ServerError(f"not one base is served, but {listed}", where=scorer.shown_urls[url], remedy=remedy)
+    return bases[0]
 
 
 def _command(settings: AgentSettings, names: Sequence[str]) -> str:
@@ -113,9 +153,9 @@ def _command(settings: AgentSettings, names: Sequence[str]) -> str:
 
 
 def _score(
-    server: ServerSettings,
+    scorer: Scorer,
     tokenizer: ChatTokenizer,
-    names: Mapping[str | None, str],
+    hosted: Hosted,
     dataset: RatingDataset,
     assignment: Mapping[str, str] | None,
     labels: Sequence[str],
@@ -126,12 +166,12 @@ def _score(
     if len(tokens) > MOST_TOKENS_ASKED:
         what = f"the {len(labels)} labels have {len(tokens)} tokens, a server tells of {MOST_TOKENS_ASKED} at once"
         raise PromptError(what, where="data.rating_scale", remedy="use an agent of load_agent")
-    models = [names[None if assignment is None else assignment[sample.user_id]] for sample in dataset.samples]
+    models = [hosted[None if assignment is None else assignment[sample.user_id]] for sample in dataset.samples]
     # One adapter's prompts, and those that begin alike, one after the other: the server has them in its cache.
     order = sorted(range(len(dataset)), key=lambda row: (models[row], dataset.rows[row].prompt))
-    readings = [Reading(models[row], dataset.rows[row].prompt, begun, tokens) for row in order]
+    readings = [(models[row][0], Reading(models[row][1], dataset.rows[row].prompt, begun, tokens)) for row in order]
     p = np.empty((len(dataset), len(labels)))
-    for row, told in zip(order, read_next_tokens(server, readings), strict=True):
+    for row, told in zip(order, scorer.read(readings), strict=True):
         p[row] = distribution(answers, dict(zip(begun, told, strict=True)))
     return p
 

@@ -8,10 +8,21 @@ from typing import Any, Literal
 
 from personas_tune import config
 from personas_tune.adapters.base_model import TOKENIZER_FILES
+from personas_tune.agents.calibrated import find_calibration
+from personas_tune.agents.records import recorded
 from personas_tune.embedding import EmbeddingSettings
 from personas_tune.errors import ConfigError, MissingInputError, raise_together
+from personas_tune.evaluation.calibration import Calibration
+from personas_tune.export.origin import require_same_base
 from personas_tune.schema import MemoriesSeen
-from personas_tune.workspace import MANIFEST, Workspace, home_path, missing_inputs, prompt_inputs, read_json
+from personas_tune.workspace import (
+    MANIFEST,
+    Workspace,
+    home_path,
+    missing_inputs,
+    prompt_inputs,
+    read_table,
+)
 
 _NAMED = 8  # known names in a message
 
@@ -29,6 +40,7 @@ class AgentSettings:
         is_shuffled: Whether users were dealt out to that set's adapters at random.
         base: Under ``bases``; None for the default base.
         memories: What its prompts show.
+        calibration: What mends its distributions; None if it isn't calibrated.
     """
 
     name: str
@@ -39,6 +51,23 @@ class AgentSettings:
     is_shuffled: bool
     base: str | None
     memories: MemoriesSeen
+    calibration: Calibration | None
+
+    @property
+    def cohort(self) -> set[str]:
+        """Its users, of whom each has train or test ratings."""
+        files = (self.workspace.train_samples, self.workspace.test_samples)
+        return {user for file in files for user in read_table(file, ("user_id",))["user_id"].to_pylist()}
+
+    def require_trained_base(self, files: Sequence[Path]) -> None:
+        """Refuse files of a base on which its adapters weren't trained; hashing them is quick beside loading.
+
+        Raises:
+            AdapterError: If they have other bytes.
+        """
+        if self.adapters is not None:
+            manifest = self.workspace.adapter_set(self.adapters) / MANIFEST
+            require_same_base(files, recorded(manifest, "inputs"), where=str(manifest.parent))
 
     @property
     def base_sections(self) -> dict[str, Any]:
@@ -77,12 +106,13 @@ class AgentSettings:
             stage: The stage's folder.
             section: Of its manifest and of the config.
         """
-        recorded = read_json(self.workspace.root / stage / MANIFEST)["settings"][section]
-        own = {key: value for key, value in recorded.items() if not _is_reference(value)}
-        return {**self.cfg[section], **own}
+        then = recorded(self.workspace.root / stage / MANIFEST, "settings", section)
+        return {**self.cfg[section], **{key: value for key, value in then.items() if not _is_reference(value)}}
 
 
-def find_agent(experiment: str | Path, name: str, overrides: Sequence[str] = ()) -> AgentSettings:
+def find_agent(
+    experiment: str | Path, name: str, overrides: Sequence[str] = (), more: Sequence[str] = ()
+) -> AgentSettings:
     """Look an agent up, and see that all it needs is there.
 
     Args:
@@ -90,23 +120,22 @@ def find_agent(experiment: str | Path, name: str, overrides: Sequence[str] = ())
             bundled name.
         name: The agent's.
         overrides: ``key=value`` for the config.
+        more: The same, from arguments of their own.
 
     Raises:
-        ConfigError: If there is no such experiment or agent, or the agent is calibrated.
-        MissingInputError: If a stage hasn't run.
+        ConfigError: If there is no such experiment or agent.
+        MissingInputError: If a stage hasn't run; for a calibrated agent ``persona_eval``, too.
+        DataError: If a stage's files are damaged, or a calibration is of other adapters.
         SeveralErrors: For several mistakes.
     """
-    cfg = _read_config(experiment, overrides)
+    if isinstance(overrides, str):
+        raise ConfigError("overrides is no list", where=overrides, remedy="write overrides=['key=value']")
+    cfg = _read_config(experiment, [*overrides, *more])
     workspace = Workspace.at(cfg.output_dir)
-    if name not in cfg.agents:
-        raise ConfigError(f"no agent {name!r}", where=str(experiment), remedy=nearest(name, list(cfg.agents), "agents"))
+    if not isinstance(name, str) or name not in cfg.agents:
+        remedy = nearest(str(name), list(cfg.agents), "agents")
+        raise ConfigError(f"no agent {name!r}", where=str(experiment), remedy=remedy)
     agent = cfg.agents[name]
-    if agent.calibrate:
-        raise ConfigError(
-            "a calibrated agent's distributions are mended for the table only, and how isn't kept",
-            where=f"agents.{name}.calibrate",
-            remedy=f"give overrides=['agents.{name}.calibrate=false'] for its own distributions",
-        )
     files = [*prompt_inputs(workspace), workspace.test_samples, workspace.root / "samples" / MANIFEST]
     if agent.adapters is not None:
         files.append(workspace.adapter_set(agent.adapters) / MANIFEST)
@@ -121,6 +150,7 @@ def find_agent(experiment: str | Path, name: str, overrides: Sequence[str] = ())
         is_shuffled=trained.get("shuffle_personas", False),
         base=agent.base or trained.get("base"),
         memories=agent.memories or trained.get("memories", "both"),
+        calibration=find_calibration(cfg, workspace, name) if agent.calibrate else None,
     )
 
 
@@ -143,8 +173,8 @@ def _read_config(experiment: str | Path, overrides: Sequence[str]) -> Any:
         return config.load_experiment(str(experiment), overrides)
     manifest = Workspace.at(folder).root / "eval" / MANIFEST
     # Agents may have been added when nothing was left to train, which alone is recorded with the whole config.
-    later = read_json(manifest)["settings"] if manifest.is_file() else {}
-    sections = {key: later[key] for key in ("agents", "adapter_sets", "bases") if key in later}
+    later = recorded(manifest, "settings") if manifest.is_file() else {}
+    sections: dict[str, Any] = {key: later[key] for key in ("agents", "adapter_sets", "bases") if key in later}
     return config.load_recorded(folder.absolute(), sections, overrides)
 
 
@@ -156,13 +186,13 @@ def _trained_with(cfg: Any, workspace: Workspace, adapters: str | None) -> dict[
     if adapters is None:
         return {}
     manifest = workspace.adapter_set(adapters) / MANIFEST
-    trained = read_json(manifest)["settings"]
-    own: dict[str, Any] = trained["adapter_set"]
+    own = recorded(manifest, "settings", "adapter_set")
     sections = config.base_sections(cfg, own.get("base"))
     now = {"model": sections["model"], "tokenizer": _without_files(sections["tokenizer"])}
     for section, values in now.items():
-        for key in sorted(values.keys() | trained[section].keys()):
-            then = trained[section].get(key)
+        trained = recorded(manifest, "settings", section)
+        for key in sorted(values.keys() | trained.keys()):
+            then = trained.get(key)
             if then != values.get(key) and not _is_reference(then):
                 raise ConfigError(
                     f"{section}.{key} is {values.get(key)!r}, its adapters were trained with {then!r}",

@@ -1,12 +1,14 @@
 """The dataset that torchtune's recipes and ours train on: one rating a row."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 from torch.utils.data import Dataset
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.datasets import PackedDataset
 
+from personas_tune.datasets.arguments import require, require_whole
 from personas_tune.datasets.source import RatingSource, Sample, of_persona
 from personas_tune.datasets.tokens import ChatTokenizer, TokenRow
 from personas_tune.errors import PromptError
@@ -24,6 +26,8 @@ class RatingDataset(Dataset[Mapping[str, list[int]]]):
         memories: What the prompts show (``short``, ``long`` or ``both``).
 
     Attributes:
+        source: As given.
+        samples: As given.
         rows: The tokenised samples, in the order of ``samples``.
         n_shortened: How many prompts were shortened to fit the context.
 
@@ -34,6 +38,7 @@ class RatingDataset(Dataset[Mapping[str, list[int]]]):
     def __init__(
         self, tokenizer: ChatTokenizer, source: RatingSource, samples: Sequence[Sample], memories: MemoriesSeen
     ) -> None:
+        self.source = source
         self.samples = list(samples)
         self.rows: list[TokenRow] = []
         self.n_shortened = 0
@@ -73,6 +78,18 @@ def _fitted_row(
     return tokenise(fitted), True
 
 
+def ratings_of(tokenizer: Any, source: str, split: str, persona: int | None, memories: MemoriesSeen) -> RatingDataset:
+    """The rows that both builders make available; arguments as :func:`persona_rating_dataset` has them."""
+    require(isinstance(source, str | Path), "source", source, "name the output_dir of an experiment")
+    require(isinstance(split, str), "split", split, "use train or test")
+    require(memories in get_args(MemoriesSeen), "memories", memories, "use short, long or both")
+    if persona is not None:
+        require_whole("persona", persona, 0)
+    experiment = RatingSource(source)
+    samples = of_persona(experiment.samples(split), persona)
+    return RatingDataset(ChatTokenizer(tokenizer), experiment, samples, memories)
+
+
 def persona_rating_dataset(
     tokenizer: Any,
     *,
@@ -97,6 +114,7 @@ def persona_rating_dataset(
         packed: Pack rows up to ``tokenizer.max_seq_len`` tokens (torchtune's PackedDataset).
 
     Raises:
+        ConfigError: If an argument can't be used.
         MissingInputError: If a stage hasn't run.
         PromptError: If a sample can't fit, or ``packed`` is asked for without ``max_seq_len``.
 
@@ -108,9 +126,8 @@ def persona_rating_dataset(
               source: runs/quickstart
               persona: 0
     """
-    experiment = RatingSource(source)
-    samples = of_persona(experiment.samples(split), persona)
-    dataset = RatingDataset(ChatTokenizer(tokenizer), experiment, samples, memories)
+    require(isinstance(packed, bool), "packed", packed, "use true or false")
+    dataset = ratings_of(tokenizer, source, split, persona, memories)
     if not packed:
         return dataset
     if tokenizer.max_seq_len is None:

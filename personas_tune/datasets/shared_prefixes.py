@@ -18,10 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_sft
 
-from personas_tune.datasets.ratings import RatingDataset, labelled
-from personas_tune.datasets.source import RatingSource, of_persona
+from personas_tune.datasets.arguments import require_whole
+from personas_tune.datasets.ratings import labelled, ratings_of
 from personas_tune.datasets.token_tree import shared_length
-from personas_tune.datasets.tokens import ChatTokenizer, TokenRow
+from personas_tune.datasets.tokens import TokenRow
 from personas_tune.errors import ConfigError
 from personas_tune.schema import MemoriesSeen
 
@@ -31,9 +31,17 @@ COLLATE = "personas_tune.datasets.collate_shared_prefixes"
 class PrefixItem(dict[str, Any]):
     """Rows that begin alike.
 
-    ``prefix`` is the tokens that they share, ``branches`` what follows in each, with ``tokens`` and ``labels``.
-    A collate function that looks for anything else doesn't know of prefixes, and would train on something else.
+    It has no keys: a collate function that looks for any doesn't know of prefixes, and would train on something else.
+
+    Args:
+        prefix: The tokens that they share.
+        branches: What follows in each, with ``tokens`` and ``labels``.
     """
+
+    def __init__(self, prefix: list[int], branches: Sequence[Mapping[str, list[int]]]) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.branches = branches
 
     def __missing__(self, key: str) -> Any:
         raise ConfigError(
@@ -120,7 +128,7 @@ def persona_prefix_dataset(
         packed: Must be false: packing gives every row a prefix of its own.
 
     Raises:
-        ConfigError: If ``packed`` is asked for, or ``rows_per_item`` is below 1.
+        ConfigError: If ``packed`` is asked for, or an argument can't be used.
         MissingInputError: If a stage hasn't run.
         PromptError: If a sample can't fit.
 
@@ -140,13 +148,13 @@ def persona_prefix_dataset(
             where="dataset.packed",
             remedy="leave it out or use persona_rating_dataset",
         )
-    if rows_per_item < 1:
-        raise ConfigError(f"{rows_per_item} rows", where="dataset.rows_per_item", remedy="use 1 or more")
-    experiment = RatingSource(source)
-    samples = of_persona(experiment.samples(split), persona)
-    rows = RatingDataset(ChatTokenizer(tokenizer), experiment, samples, memories).rows
-    names = [experiment.prefix_name(sample) for sample in samples]
-    return SharedPrefixDataset(rows, names, rows_per_item=rows_per_item, max_seq_len=tokenizer.max_seq_len, seed=seed)
+    require_whole("rows_per_item", rows_per_item, 1)
+    require_whole("seed", seed, 0)
+    ratings = ratings_of(tokenizer, source, split, persona, memories)
+    names = [ratings.source.prefix_name(sample) for sample in ratings.samples]
+    return SharedPrefixDataset(
+        ratings.rows, names, rows_per_item=rows_per_item, max_seq_len=tokenizer.max_seq_len, seed=seed
+    )
 
 
 def collate_shared_prefixes(
@@ -174,7 +182,7 @@ def collate_shared_prefixes(
 
 def _sequence(item: Mapping[str, Any], ignore_idx: int) -> Tensor:
     """Tokens, labels, positions, and whose each token is: the prefix's (0) or a branch's; shape ``(4, S)``."""
-    prefix, branches = (item["prefix"], item["branches"]) if isinstance(item, PrefixItem) else ([], [item])
+    prefix, branches = (item.prefix, item.branches) if isinstance(item, PrefixItem) else ([], [item])
     start = len(prefix)
     parts = [torch.tensor([prefix, [ignore_idx] * start, range(start), [0] * start], dtype=torch.long)]
     for number, branch in enumerate(branches, 1):

@@ -31,6 +31,9 @@ def print_findings(name: str | None, overrides: Sequence[str] = (), gpu_memory: 
     """
     if gpu_memory is not None and not gpu_memory > 0:
         raise ConfigError(f"{gpu_memory:g} GB", where="--gpu-memory", remedy="give the GB of a GPU, such as 24")
+    if name is None and (overrides or gpu_memory is not None):
+        given = overrides[0] if overrides else "--gpu-memory"
+        raise ConfigError("says nothing without a config", where=given, remedy="add --config NAME")
     sections = _of_machine() if name is None else _of_experiment(config.load_experiment(name, overrides), gpu_memory)
     n_missing = sum(print_section(title, findings) for title, findings in sections)
     if n_missing:
@@ -80,7 +83,9 @@ def _check_bases(cfg: "DictConfig", gpu_memory: float | None, *, imports: bool) 
 
 def _check_base(cfg: "DictConfig", name: str | None, gpu_memory: float | None) -> list[Finding]:
     from personas_tune.doctor.bases import build_network, check_checkpoint, check_tokenizer
-    from personas_tune.doctor.memory import check_memory, knobs_of
+    from personas_tune.doctor.imports import check_imported_sets
+    from personas_tune.doctor.knobs import knobs_of
+    from personas_tune.doctor.memory import check_memory
     from personas_tune.prompts.labels import rating_labels
 
     try:
@@ -92,10 +97,11 @@ def _check_base(cfg: "DictConfig", name: str | None, gpu_memory: float | None) -
             check_tokenizer(network, sections["tokenizer"], labels) if _has_files(sections) else ([], None)
         )
         knobs, source = knobs_of(cfg, name, chat, labels)
-        memory = check_memory(cfg, name, knobs, source, _devices(cfg.device, gpu_memory))
+        imported = check_imported_sets(cfg, name, sections)
+        memory = list(check_memory(cfg, name, knobs, source, _devices(cfg.device, gpu_memory)))
     except PersonasTuneError as error:
         return [Finding("missing", line) for line in error.lines]
-    return [*findings, *of_tokenizer, *memory, *_check_processes(cfg, name)]
+    return [*findings, *of_tokenizer, *imported, *memory, *_check_processes(cfg, name)]
 
 
 def _has_files(sections: dict[str, Any]) -> bool:
@@ -110,9 +116,7 @@ def _devices(device: str, gpu_memory: float | None) -> list[Device]:
     if gpu_memory is not None:
         return [Device(f"a GPU of {gpu_memory:g} GB", gpu_memory * GB, True)]
     if device.startswith("cuda"):
-        gpus = find_gpus()
-        chosen = [gpu for gpu in gpus if gpu.name.startswith(f"GPU {device.partition(':')[2]} ")]
-        return chosen or gpus[:1]
+        return [gpu for gpu in find_gpus() if gpu.name.startswith(f"GPU {device.partition(':')[2] or 0} ")]
     memory = main_memory()
     return [] if memory is None else [memory]
 
@@ -120,11 +124,14 @@ def _devices(device: str, gpu_memory: float | None) -> list[Device]:
 def _check_processes(cfg: "DictConfig", name: str | None) -> list[Finding]:
     """How several GPUs would share the training of a base's largest set."""
     gpus: list[Any] = find_gpus() if cfg.device.startswith("cuda") else []
-    if len(gpus) < 2 or not cfg.adapter_sets:
+    if len(gpus) < 2:
         return []
-    from personas_tune.doctor.memory import n_adapters_of
+    from personas_tune.doctor.knobs import most_adapters, trained_sets_of
     from personas_tune.training.teams import place_adapters
 
-    places = place_adapters([1] * n_adapters_of(cfg, name), len(gpus), cfg.parallel)
+    n_adapters = most_adapters(cfg, trained_sets_of(cfg, name))
+    if not n_adapters:
+        return []
+    places = place_adapters([1] * n_adapters, len(gpus), cfg.parallel)
     told = "; ".join(f"process {'+'.join(map(str, p.ranks))}: {len(p.adapters)} adapters" for p in places)
     return [Finding("ok", f"tune run --nproc_per_node {len(gpus)}: parallel={cfg.parallel}: {told}")]

@@ -1,12 +1,15 @@
 """A base's checkpoint and tokenizer, looked at without loading a weight."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torchtune.modules import MultiHeadAttention
 
+from personas_tune.adapters.bank import AdapterBank
 from personas_tune.adapters.base_model import build_on_meta, checkpoint_inputs, load_tokenizer
 from personas_tune.adapters.checkpoint_headers import (
     MODEL_TYPES,
@@ -179,14 +182,17 @@ def _check_budget(chat: ChatTokenizer, network: nn.Module, tokenizer: Mapping[st
 
 
 def build_network(sections: Mapping[str, Any], dtype: str, *, recompute: bool) -> nn.Module:
-    """The network of a model section on the meta device.
+    """The network of a model section on the meta device, its base frozen; the same one when it is asked for again.
 
     Raises:
         PersonasTuneError: If the builder doesn't take its arguments, or makes nothing that holds adapters.
     """
-    from personas_tune.adapters.bank import AdapterBank
+    return _build(json.dumps(dict(sections["model"]), default=str), dtype, recompute)
 
-    network = build_on_meta(sections["model"], dtype, enable_activation_checkpointing=recompute)
+
+@lru_cache(maxsize=4)  # with weights in NF4 it takes a second
+def _build(model: str, dtype: str, recompute: bool) -> nn.Module:
+    network = build_on_meta(json.loads(model), dtype, enable_activation_checkpointing=recompute)
     AdapterBank(network)
     if not hasattr(network, "max_seq_len"):
         raise CheckpointError("the model is no torchtune decoder", where="model", remedy="use a lora_* builder")

@@ -3,12 +3,13 @@
 import importlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from personas_tune.doctor.findings import Finding, State, found
+from personas_tune.errors import PersonasTuneError
 
 GB = 1e9
 LOW_DISK_GB = 20  # Phi-3-Mini takes 8, adapters of rank 256 and their checkpoints some more
@@ -42,14 +43,33 @@ def find_gpus() -> list[Device]:
     ]
 
 
-def main_memory() -> Device | None:
-    """This machine's memory, if the system says how much of it is free."""
+def main_memory(root: Path = Path("/")) -> Device | None:
+    """This machine's memory, or its container's, if the system says how much of it is free.
+
+    Args:
+        root: Of the file system.
+    """
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
         entries = dict(line.split(":", 1) for line in lines if ":" in line)
-        return Device("main memory", 1024.0 * int(entries["MemAvailable"].split()[0]), False)
+        free = 1024.0 * int(entries["MemAvailable"].split()[0])
     except (OSError, ValueError, KeyError, IndexError):
         return None
+    return Device("main memory", min([free, *_free_in_container(root / "sys/fs/cgroup")]), False)
+
+
+def _free_in_container(groups: Path) -> Iterator[float]:
+    """What the limit of a container leaves, if it has one; cached files are let go when memory is short."""
+    for folder, limit, used, cached in (
+        (groups, "memory.max", "memory.current", "inactive_file"),
+        (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            entries = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+            in_use = int((folder / used).read_text(encoding="ascii")) - int(entries[cached])
+            yield max(0.0, float(int((folder / limit).read_text(encoding="ascii")) - in_use))
+        except (OSError, ValueError, KeyError):  # no container, or `max`: no limit
+            continue
 
 
 def check_machine(wanted: str | None, dtype: str | None, output_dir: str | None) -> list[Finding]:
@@ -71,14 +91,18 @@ def check_gpus(wanted: str | None = None, dtype: str | None = None) -> list[Find
         dtype: What it computes in.
     """
     torch = _torch()
-    is_needed = wanted is not None and wanted.startswith("cuda")
     if torch is None:
         return [Finding("note", "no GPU can be looked for, since torch does not import")]
-    if wanted is not None and not is_needed:
-        return [Finding("ok", f"device {wanted}: no GPU is needed")]
+    if wanted is not None:
+        from personas_tune.adapters.devices import find_device
+
+        try:
+            if find_device(wanted).type == "cpu":
+                return [Finding("ok", f"device {wanted}: no GPU is needed")]
+        except PersonasTuneError as error:
+            return [Finding("missing", error.what, error.remedy or "")]
     if not torch.cuda.is_available():
-        mend = "set device=cpu dtype=fp32 and take a small base"
-        return [Finding("missing" if is_needed else "note", "no CUDA GPU", mend)]
+        return [Finding("note", "no CUDA GPU", "set device=cpu dtype=fp32 and take a small base")]
     findings = [_look_at(torch, index, dtype) for index in range(torch.cuda.device_count())]
     if len(findings) > 1:
         findings.append(found(torch.distributed.is_nccl_available(), "NCCL, for --nproc_per_node", "use one GPU"))

@@ -8,7 +8,7 @@ from personas_tune.doctor.findings import Finding, found
 from personas_tune.errors import PersonasTuneError
 
 FILES = ("data.path", "data.item_metadata", "data.cohort.exclude", "distill.path", "distill.memories_path")
-ASKING = {"distill": ("distill.distiller",), "embedding": ("personas.embedder", "retrieval.embedder")}
+ASKING = {"distill.distiller": "distill", "personas.embedder": "embedding", "retrieval.embedder": "embedding"}
 
 
 def check_needs(settings: Mapping[str, Any]) -> list[Finding]:
@@ -30,6 +30,12 @@ def check_files(settings: Mapping[str, Any]) -> list[Finding]:
         elif key == "data.path" and value_at(settings, "data.format") != "world":
             mend = "set data.path (docs/own_data.md says to what)"
             findings.append(Finding("missing", "data.path is not set", mend))
+    for name, adapter_set in settings["adapter_sets"].items():
+        if adapter_set["peft"] is not None:
+            key = f"adapter_sets.{name}.peft"
+            findings.append(
+                found(_exists(adapter_set["peft"]), f"{key} {adapter_set['peft']}", f"set {key} to a folder")
+            )
     return findings
 
 
@@ -38,7 +44,9 @@ def check_servers(settings: Mapping[str, Any]) -> list[Finding]:
     from personas_tune.llm.settings import ServerSettings, access_to
 
     findings = []
-    for section, asking in servers_asked(settings).items():
+    asked = keys_asking(settings)
+    for section in dict.fromkeys(asked.values()):
+        asking = [key for key in asked if asked[key] == section]
         what = f"{', '.join(asking)}: {settings[section]['model']}"
         try:
             url = access_to(ServerSettings.of(settings[section])).shown_url
@@ -50,10 +58,9 @@ def check_servers(settings: Mapping[str, Any]) -> list[Finding]:
     return findings
 
 
-def servers_asked(settings: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Sections of the servers that an experiment asks, each with the keys that say so."""
-    asking = {name: [key for key in keys if value_at(settings, key) == "openai"] for name, keys in ASKING.items()}
-    return {name: keys for name, keys in asking.items() if keys}
+def keys_asking(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The keys with which an experiment asks servers, each with the section that says which one."""
+    return {key: section for key, section in ASKING.items() if value_at(settings, key) == "openai"}
 
 
 def value_at(settings: Mapping[str, Any], key: str) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from personas_tune.doctor.findings import Finding
-from personas_tune.doctor.needs import servers_asked
+from personas_tune.doctor.needs import keys_asking
 from personas_tune.errors import PersonasTuneError
 from personas_tune.workspace import MANIFEST, Workspace, absolute_path, sha256_of_file
 
@@ -22,22 +22,22 @@ class Recipe:
         reads: Folders of other stages that must be there.
         writes: Its own folder; None if it has none.
         on_device: Whether it runs a base, on the config's ``device``; the others run on any CPU, without torch.
-        server: The sections of a config whose server it may ask.
+        asks: The keys of a config with which it may ask a server.
         several: Whether it runs in several processes.
     """
 
     reads: tuple[str, ...]
     writes: str | None
     on_device: bool = False
-    server: tuple[str, ...] = ()
+    asks: tuple[str, ...] = ()
     several: bool = False
 
 
 RECIPES = {
     "persona_prepare": Recipe((), "data"),
-    "persona_distill": Recipe(("data",), "memory", server=("distill",)),
-    "persona_cluster": Recipe(("memory",), "personas", server=("embedding",)),
-    "persona_raft": Recipe(("data", "memory", "personas"), "samples", server=("embedding",)),
+    "persona_distill": Recipe(("data",), "memory", asks=("distill.distiller",)),
+    "persona_cluster": Recipe(("memory",), "personas", asks=("personas.embedder",)),
+    "persona_raft": Recipe(("data", "memory", "personas"), "samples", asks=("retrieval.embedder",)),
     "persona_lora": Recipe(("data", "memory", "samples"), "adapters", on_device=True, several=True),
     "persona_eval": Recipe(("data", "memory", "samples", "adapters"), "eval", on_device=True, several=True),
     "persona_export": Recipe(("adapters",), "export"),
@@ -63,7 +63,7 @@ def check_stages(settings: Mapping[str, Any]) -> list[Finding]:
 
 def needs_of(recipe: Recipe, settings: Mapping[str, Any]) -> str:
     """What a recipe runs on, and which server it asks."""
-    asked = [section for section in recipe.server if section in servers_asked(settings)]
+    asked = [section for key, section in keys_asking(settings).items() if key in recipe.asks]
     place = f"device {settings['device']}" if recipe.on_device else "CPU"
     return ", ".join([place, *(f"asks {settings[section]['model']}" for section in asked)])
 
@@ -90,10 +90,23 @@ def _folders(workspace: Workspace, part: str, settings: Mapping[str, Any]) -> li
     if part == "adapters":
         return [workspace.adapter_set(name) for name in settings["adapter_sets"]]
     if part == "export":
-        return sorted(file.parent for file in (workspace.root / "export").rglob(MANIFEST))
+        return [workspace.root / folder for folder in _export_folders(settings)]
     if part == "base" and settings["base_training"]["checkpoint_dir"] is not None:
         return [absolute_path(settings["base_training"]["checkpoint_dir"])]
     return [workspace.root / part]
+
+
+def _export_folders(settings: Mapping[str, Any]) -> list[str]:
+    """Where an export writes the sets that it is asked for; one without any of the asked adapters is left out."""
+    export, folders = settings["export"], []
+    for name in settings["adapter_sets"] if export["sets"] is None else export["sets"]:
+        adapter_set = settings["adapter_sets"][name]
+        sections = settings if adapter_set["base"] is None else settings["bases"][adapter_set["base"]]
+        is_merged = export["format"] == "merged" or (export["format"] == "auto" and sections["model"].get("use_dora"))
+        wanted = export["adapters"]
+        if wanted is None or any((adapter == "all") == (adapter_set["per"] == "all") for adapter in wanted):
+            folders.append(f"export/merged/{name}" if is_merged else f"export/{name}")
+    return folders
 
 
 def _is_there(workspace: Workspace, part: str, settings: Mapping[str, Any]) -> bool:
@@ -117,6 +130,8 @@ def _changes(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     """What a finished stage was made with and is otherwise now: settings of the config, and input files."""
     manifest = _manifest(folder)
     made_with, inputs = manifest.get("settings"), manifest.get("inputs")
+    if isinstance(made_with, dict) and isinstance(made_with.get("adapter_set"), dict):
+        made_with = {**made_with, "adapter_set": {"peft": False, **made_with["adapter_set"]}}
     changed = _differences(made_with, _now(made_with, folder, settings)) if isinstance(made_with, dict) else []
     if manifest.get("seed") not in (None, settings["seed"]):
         changed.append("seed")
@@ -128,6 +143,7 @@ def _now(made_with: Mapping[str, Any], folder: Path, settings: Mapping[str, Any]
     now = dict(settings)
     if "adapter_set" in made_with:
         adapter_set = settings["adapter_sets"][folder.name]
+        adapter_set = {**adapter_set, "peft": adapter_set["peft"] is not None}  # its path doesn't count, its files do
         now = {**now, **(settings["bases"].get(adapter_set["base"]) or {}), "adapter_set": adapter_set}
     return now
 

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from personas_tune.adapters.bank import stable_seed
-from personas_tune.datasets.token_tree import common_prefix_length
 from personas_tune.datasets.tokens import TokenRow
-from personas_tune.training.batches import AnswerBatch, bundles, plan_tree_round
+from personas_tune.training.batches import AnswerBatch, plan_prompts, plan_tree_round
 from personas_tune.training.forward import fp32_head
 from personas_tune.training.shared_prefix import PrefixReader
 
@@ -80,46 +79,6 @@ def _read_prompts(
         left = chain.from_iterable(groups)
         for batch in part.batches:
             yield batch, list(islice(left, len(batch.tokens)))
-
-
-def plan_prompts(
-    prompts: Sequence[list[int]], n_answer_tokens: int, max_tokens: int
-) -> Iterator[tuple[list[list[int]], int]]:
-    """Group prompts that share at least half of their tokens.
-
-    Args:
-        prompts: In any order.
-        n_answer_tokens: Tokens of all answers that a prompt is read with.
-        max_tokens: Of prefixes and one pass of what follows them, padding included.
-
-    Yields:
-        Groups whose prefixes are read together, as indices of prompts, and how many prompts a pass may have.
-    """
-    groups = sorted(_alike(prompts), key=lambda group: len(prompts[group[0]]))
-    shared = [_n_shared(prompts[group[0]], prompts[group[-1]]) for group in groups]
-    longest = [max(len(prompts[index]) for index in group) for group in groups]
-    widths = [length - n_shared + n_answer_tokens for length, n_shared in zip(longest, shared, strict=True)]
-    sizes = [n_shared + len(group) * width for group, n_shared, width in zip(groups, shared, widths, strict=True)]
-    for part in bundles(sizes, max_tokens):
-        left = max_tokens - sum(shared[index] for index in part)
-        yield groups[part.start : part.stop], max(1, left // max(widths[index] for index in part))
-
-
-def _alike(prompts: Sequence[list[int]]) -> Iterator[list[int]]:
-    """Indices of prompts with a common prefix; in sorted order they are neighbours."""
-    group: list[int] = []
-    for index in sorted(range(len(prompts)), key=prompts.__getitem__):
-        if group and _n_shared(prompts[group[0]], prompts[index]) < len(prompts[index]) / 2:
-            yield group
-            group = []
-        group.append(index)
-    if group:
-        yield group
-
-
-def _n_shared(first: list[int], last: list[int]) -> int:
-    """Tokens that two prompts share, short of the last one, from which the answer is predicted."""
-    return min(common_prefix_length(first, last), len(first) - 1, len(last) - 1)
 
 
 def expected_ratings(probabilities: Probabilities, values: Sequence[float]) -> NDArray[np.float64]:

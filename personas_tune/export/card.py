@@ -29,27 +29,27 @@ class CardSubject:
     Args:
         name: The adapter's, as servers call it.
         form: ``peft`` or ``merged``.
-        base: The base's name: of the Hub, or of its folder.
-        dataset: What kind of log it was trained on, such as ``movielens``.
+        base: The base's name: of the Hub (with its owner), or of its folder.
         license: ``export.license``, else the base's; None if neither is known.
         rank: Largest rank in it; None if it is merged.
         scale: What B A is multiplied with.
         dtype: Of what was written.
         is_dora: Whether it has DoRA magnitudes.
         command: The shell line that serves it, paths left out; None if vLLM doesn't.
+        measured_as: What the figures are of, where it isn't what was written: such as "before its rank was cut".
         notes: What else the reader must know, a sentence each.
     """
 
     name: str
     form: str
     base: str
-    dataset: str
     license: License | None
     rank: int | None
     scale: float
     dtype: str
     is_dora: bool
     command: str | None
+    measured_as: Sequence[str] = field(default_factory=tuple)
     notes: Sequence[str] = field(default_factory=tuple)
 
 
@@ -61,7 +61,7 @@ def write_card(subject: CardSubject, facts: Facts) -> str:
         _introduction(subject, facts),
         *(f"**Note.** {note}" for note in subject.notes),
         _section("Persona", _persona(facts)),
-        _section("Figures", _figures(facts.measured)),
+        _section("Figures", _figures(facts.measured, subject.measured_as)),
         _section("How to load it", _loading(subject)),
         _section("Training", _training(subject, facts)),
         _section("Limits", _LIMITS),
@@ -74,10 +74,12 @@ def write_card(subject: CardSubject, facts: Facts) -> str:
 def _metadata(subject: CardSubject, facts: Facts) -> ModelCardData:
     is_merged = subject.form == "merged"
     license = subject.license or License("other", "unstated")
-    results = [result for row in facts.measured for result in _eval_results(subject, row)]
+    dataset = facts.dataset or "ratings"
+    results = [] if subject.measured_as else [each for row in facts.measured for each in _eval_results(dataset, row)]
+    is_of_hub = "/" in subject.base  # a name without an owner would be somebody else's model there
     return ModelCardData(
-        base_model=subject.base,
-        base_model_relation="finetune" if is_merged else "adapter",
+        base_model=subject.base if is_of_hub else None,
+        base_model_relation=("finetune" if is_merged else "adapter") if is_of_hub else None,
         library_name="transformers" if is_merged else "peft",
         pipeline_tag="text-generation",
         tags=[
@@ -95,7 +97,7 @@ def _metadata(subject: CardSubject, facts: Facts) -> ModelCardData:
     )
 
 
-def _eval_results(subject: CardSubject, row: Measured) -> Iterator[EvalResult]:
+def _eval_results(dataset: str, row: Measured) -> Iterator[EvalResult]:
     who = "all personas" if row.persona is None else f"persona {row.persona}"
     for key, label in _METRICS.items():
         value = getattr(row, key)
@@ -103,8 +105,8 @@ def _eval_results(subject: CardSubject, row: Measured) -> Iterator[EvalResult]:
             yield EvalResult(
                 task_type="other",
                 task_name=TASK,
-                dataset_type=subject.dataset,
-                dataset_name=f"{subject.dataset}: {row.n} test rows, {who}",
+                dataset_type=dataset,
+                dataset_name=f"{dataset}: {row.n} test rows, {who}",
                 dataset_config=who,
                 dataset_split="test",
                 metric_type=key,
@@ -140,7 +142,7 @@ def _persona(facts: Facts) -> str:
     return text
 
 
-def _figures(measured: Sequence[Measured]) -> str:
+def _figures(measured: Sequence[Measured], measured_as: Sequence[str]) -> str:
     if not measured:
         return "None: no agent with this adapter has been measured since it was trained."
     rows = ["| agent | readout | test rows of | n | RMSE | MAE | without a rating |", "|---|---|---|---|---|---|---|"]
@@ -148,6 +150,8 @@ def _figures(measured: Sequence[Measured]) -> str:
         who = "all personas" if row.persona is None else f"persona {row.persona}"
         figures = [_figure(row.rmse), _figure(row.mae), f"{row.urr:.1%}"]
         rows.append("| " + " | ".join([row.agent, row.readout, who, str(row.n), *figures]) + " |")
+    if measured_as:
+        rows = [f"**Measured {', '.join(measured_as)}**; what is here was not measured.", "", *rows]
     return "\n".join([*rows, "", "RMSE and MAE are of the rows whose answer held a rating."])
 
 
@@ -167,13 +171,21 @@ def _loading(subject: CardSubject) -> str:
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM",
             "",
-            f'base = AutoModelForCausalLM.from_pretrained("{subject.base}")',
+            f'base = AutoModelForCausalLM.from_pretrained("{loadable(subject.base)}")',
             'model = PeftModel.from_pretrained(base, "PATH")',
         ]
-    text = "`PATH` is this repository's name or folder.\n\n```python\n" + "\n".join(lines) + "\n```"
+    places = "`PATH` is this repository's name or folder."
+    if subject.form != "merged" and loadable(subject.base) != subject.base:
+        places += f" `{loadable(subject.base)}` is the folder of {subject.base}."
+    text = f"{places}\n\n```python\n" + "\n".join(lines) + "\n```"
     if subject.command is None:
         return f"{text}\n\nvLLM doesn't serve it in this form."
     return f"{text}\n\nWith vLLM:\n\n```sh\n{subject.command}\n```"
+
+
+def loadable(base: str) -> str:
+    """What stands for a base in commands: its name on the Hub, else a word for its folder."""
+    return base if "/" in base else "BASE"
 
 
 def _training(subject: CardSubject, facts: Facts) -> str:
@@ -181,7 +193,7 @@ def _training(subject: CardSubject, facts: Facts) -> str:
     if subject.rank is not None:
         form["largest rank of a module"] = str(subject.rank)
     if facts.data_sha256 is not None:
-        form["sha256 of the train samples"] = f"`{facts.data_sha256}`"
+        form["sha256 over those of the files that prompts are made of"] = f"`{facts.data_sha256}`"
     rows = [f"| {label} | {value} |" for label, value in {**facts.training, **form}.items()]
     return "\n".join(["| | |", "|---|---|", *rows])
 

@@ -23,9 +23,10 @@ def require_token() -> str:
 
 
 def push_folder(folder: Path, repo_id: str, *, token: str, private: bool, message: str) -> str:
-    """Upload a folder's files to a model repository, which is made if it isn't there.
+    """Make a model repository's files those of a folder, in one commit; it is made if it isn't there.
 
-    Files that the repository has already are not sent again.
+    Files that the repository has already are not sent again. Others are deleted: what is left of another form, such
+    as an ``adapter_config.json`` beside merged weights, would be loaded in its place.
 
     Args:
         folder: What to upload.
@@ -45,7 +46,9 @@ def push_folder(folder: Path, repo_id: str, *, token: str, private: bool, messag
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
     try:
         url = api.create_repo(repo_id, private=private, repo_type="model", exist_ok=True)
-        api.upload_folder(folder_path=folder, repo_id=repo_id, repo_type="model", commit_message=message)
+        api.upload_folder(
+            folder_path=folder, repo_id=repo_id, repo_type="model", commit_message=message, delete_patterns="*"
+        )
     except Exception as error:  # the Hub's HTTP library is another one in each major version
         reason = " ".join(str(error).split()).replace(token, "...") or type(error).__name__
         raise ServerError(

@@ -19,16 +19,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from personas_tune.adapters.base_weights import missing_weight, open_shard, weight_reader
 from personas_tune.adapters.checkpoint_headers import INDEX, read_object
 from personas_tune.adapters.peft_config import scale_of
 from personas_tune.adapters.peft_form import BaseWeight, PeftAdapter, hf_modules, row_norms
 from personas_tune.errors import CheckpointError
-from personas_tune.export.base_weights import missing_weight, open_shard, weight_reader
 
-# What of a base's folder is no part of a merged checkpoint: weights in any form, and what is written anew.
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
-_WRITTEN_ANEW = ("README.md", "original_repo_id.json")
-_TEMPLATES = "additional_chat_templates"  # the one folder that tokenizers read from
+# What of a base's folder belongs to a merged checkpoint beside the weights: what transformers and tokenizers read, code
+# that a config may name, and terms. Whatever else lies there stays there.
+_COPIED = (
+    "config.json", "generation_config.json", "configuration_*.py", "modeling_*.py", "tokenization_*.py",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "special_tokens.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
+    "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
+    "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -160,10 +165,8 @@ def _target_name(name: str) -> str:
 
 def copied_files(base: Path) -> dict[str, Path]:
     """What of a base's folder goes into a merged checkpoint as it is, by name: config, tokenizer, licence, ..."""
-    files = [path for path in sorted(base.iterdir()) if path.is_file() and _is_copied(path.name)]
-    if (base / _TEMPLATES).is_dir():
-        files += [path for path in sorted((base / _TEMPLATES).iterdir()) if path.is_file()]
-    return {str(path.relative_to(base)): path for path in files}
+    files = {path for pattern in _COPIED for path in base.glob(pattern) if path.is_file()}
+    return {str(path.relative_to(base)): path for path in sorted(files)}
 
 
 def _copy(files: Mapping[str, Path], folder: Path, dtype: torch.dtype | None) -> list[str]:
@@ -174,10 +177,6 @@ def _copy(files: Mapping[str, Path], folder: Path, dtype: torch.dtype | None) ->
     if dtype is not None:
         _name_dtype(folder / "config.json", str(dtype).removeprefix("torch."))
     return list(files)
-
-
-def _is_copied(name: str) -> bool:
-    return not name.startswith(".") and not name.endswith(_NOT_COPIED) and name not in _WRITTEN_ANEW
 
 
 def _name_dtype(config_file: Path, dtype: str) -> None:

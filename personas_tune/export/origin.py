@@ -1,4 +1,4 @@
-"""Where a base comes from: its name, its licence, whether it was trained on in 4 bits."""
+"""Where a base comes from: its name, its licence, whether it is the one that adapters were trained on."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -33,14 +33,14 @@ class Origin:
         loadable: What servers load it by: its name on the Hub, else its folder.
         folder: Where it lies.
         license: Its own; None if it states none.
-        is_quantised: Whether adapters were trained on it in 4 bits (NF4).
+        window: Tokens that its ``config.json`` lets a token see back (``sliding_window``); None for all.
     """
 
     name: str
     loadable: str
     folder: Path
     license: License | None
-    is_quantised: bool
+    window: int | None = None
 
 
 def find_origin(model: Mapping[str, Any], checkpointer: Mapping[str, Any], given: str | None = None) -> Origin:
@@ -52,28 +52,28 @@ def find_origin(model: Mapping[str, Any], checkpointer: Mapping[str, Any], given
         loadable=name if "/" in name else str(folder),
         folder=folder,
         license=find_license(folder),
-        is_quantised=is_quantised(model),
+        window=_find_window(_config(folder)),
     )
 
 
 def require_same_base(files: Sequence[Path], trained_with: Mapping[str, str], where: str) -> None:
-    """Compare a base's files with what adapters were trained on.
+    """Compare a base's files with what adapters were trained on, by their bytes: names don't count.
 
     Args:
-        files: Of the base, by their names.
+        files: Of the base.
         trained_with: sha256 by path, from the manifest of the adapters.
         where: The adapters, for the error.
 
     Raises:
-        AdapterError: If a file of that name had other bytes.
+        AdapterError: If a file is none of those.
     """
+    known = set(trained_with.values())
     for file in files:
-        then = {sha for path, sha in trained_with.items() if Path(path).name == file.name}
-        if then and sha256_of_file(file) not in then:
+        if sha256_of_file(file) not in known:
             raise AdapterError(
                 f"trained on another base: its {file.name} was not this one",
                 where=where,
-                remedy="set checkpointer.checkpoint_dir to the base that it was trained on, or train again",
+                remedy="set checkpointer to the files it was trained on (none has this one's sha256), or train again",
             )
 
 
@@ -120,7 +120,8 @@ def find_license(checkpoint_dir: Path) -> License | None:
         return None
     more = {key: stated.get(key) for key in ("license_name", "license_link")}
     title, link = (value if isinstance(value, str) else None for value in more.values())
-    return License(stated["license"], title, link)
+    is_address = link is not None and link.startswith(("https://", "http://"))  # others are files of the base's folder
+    return License(stated["license"], title, link if is_address else None)
 
 
 def _config(checkpoint_dir: Path) -> dict[str, Any]:
@@ -130,7 +131,6 @@ def _config(checkpoint_dir: Path) -> dict[str, Any]:
         return {}
 
 
-def is_quantised(model: Mapping[str, Any]) -> bool:
-    """Whether a model section trains on an NF4 base (QLoRA)."""
-    builder = str(model.get("_component_", "")).rpartition(".")[2]
-    return bool(model.get("quantize_base")) or builder.startswith("qlora_")
+def _find_window(config: Mapping[str, Any]) -> int | None:
+    window = config.get("sliding_window")
+    return window if isinstance(window, int) and config.get("use_sliding_window") is not False else None

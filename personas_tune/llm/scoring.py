@@ -9,25 +9,25 @@ exact, but for them it leaves the cache aside and reads every prompt anew.
 import asyncio
 import json
 import math
-import random
-import time
-from collections.abc import Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
 
 from personas_tune.errors import ServerError
+from personas_tune.llm.background import BackgroundLoop
 from personas_tune.llm.budget import Budget
 from personas_tune.llm.calls import COMPLETIONS, Rejected
 from personas_tune.llm.client import Client
-from personas_tune.llm.failures import Reply, backoff_s, remedy_for, retry_after_s, verdict_on, words_of
+from personas_tune.llm.failures import Reply, remedy_for, verdict_on, words_of
 from personas_tune.llm.journal import Usage
 from personas_tune.llm.limits import Gate
-from personas_tune.llm.settings import Access, ServerSettings, access_to
+from personas_tune.llm.sending import Sender, Unanswered
+from personas_tune.llm.settings import ServerSettings, access_to
 
 MOST_TOKENS_ASKED = 128  # that vLLM takes in one request
 LogProbabilities = dict[int, float]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -73,120 +73,120 @@ class ServedModel:
     parent: str | None
 
 
-def served_models(server: ServerSettings) -> list[ServedModel]:
-    """The models that a server has.
+class Scorer:
+    """Asks servers, over connections that stay open from call to call.
 
-    Raises:
-        ServerError: If it is down or its answer can't be read.
-        ConfigError: If its address is none.
-    """
-    access = access_to(server)
-    reply = _finished(_list_models(server, access))
-    if reply.status != "answered":
-        raise ServerError(words_of(reply), where=access.shown_url, remedy=_remedy(reply))
-    try:
-        return [ServedModel(str(entry["id"]), entry.get("parent")) for entry in json.loads(reply.text)["data"]]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ServerError("no list of models", where=access.shown_url, remedy="check base_url") from error
-
-
-def read_next_tokens(server: ServerSettings, readings: Sequence[Reading]) -> list[list[LogProbabilities]]:
-    """Send requests, at most ``server.concurrency`` at a time and in their order.
+    Close it, or use it in a ``with`` block; one that is let go of closes itself.
 
     Args:
-        server: Who is asked; what throttles or breaks off is asked again, up to ``max_retries`` times.
-        readings: What is asked.
+        servers: By names of the caller's.
 
-    Returns:
-        For each request, for each of its ``more``: the tokens' log probabilities.
+    Attributes:
+        shown_urls: Their addresses, for messages.
 
     Raises:
-        ServerError: If a request isn't answered, or not as asked.
-        ConfigError: If the server's address is none.
+        ConfigError: If an address is none.
     """
-    return _finished(_read_all(server, readings)) if readings else []
 
+    def __init__(self, servers: Mapping[str, ServerSettings]) -> None:
+        accesses = {name: access_to(server) for name, server in servers.items()}
+        self.shown_urls = {name: access.shown_url for name, access in accesses.items()}
+        self._servers = dict(servers)
+        self._clients = {name: Client(server, accesses[name]) for name, server in servers.items()}
+        self._background = BackgroundLoop([client.close for client in self._clients.values()])
 
-async def _list_models(server: ServerSettings, access: Access) -> Reply:
-    client = Client(server, access)
-    try:
-        return await client.list_models()
-    finally:
-        await client.close()
+    def __enter__(self) -> Self:
+        return self
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
-async def _read_all(server: ServerSettings, readings: Sequence[Reading]) -> list[list[LogProbabilities]]:
-    access = access_to(server)
-    reader = _Reader(server, access)
-    found: list[list[LogProbabilities]] = [[] for _ in readings]
-    left = iter(enumerate(readings))
-    workers = [
-        asyncio.create_task(_work_off(left, reader, found)) for _ in range(min(server.concurrency, len(readings)))
-    ]
-    try:
-        await asyncio.gather(*workers)
-    finally:
-        for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
-        await reader.client.close()
-    return found
+    def close(self) -> None:
+        """Close the connections; again it does nothing."""
+        self._background.close()
+
+    def models(self, name: str) -> list[ServedModel]:
+        """The models that a server has.
+
+        Raises:
+            ServerError: If it is down or its answer can't be read.
+        """
+        where = self.shown_urls[name]
+        reply = self._background.run(self._clients[name].list_models())
+        if reply.status != "answered":
+            raise ServerError(words_of(reply), where=where, remedy=_remedy(reply))
+        try:
+            return [ServedModel(str(entry["id"]), entry.get("parent")) for entry in json.loads(reply.text)["data"]]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ServerError("no list of models", where=where, remedy="check base_url") from error
+
+    def read(self, readings: Sequence[tuple[str, Reading]]) -> list[list[LogProbabilities]]:
+        """Send requests, to each server at most its ``concurrency`` at a time and in their order.
+
+        Args:
+            readings: Which server is asked, and what; what throttles or breaks off is asked again, up to
+                ``max_retries`` times.
+
+        Returns:
+            For each request, for each of its ``more``: the tokens' log probabilities.
+
+        Raises:
+            ServerError: If a request isn't answered, or not as asked.
+        """
+        if self._background.is_closed:
+            raise ServerError("the agent is closed", where="agent", remedy="load it again")
+        return self._background.run(self._read_all(readings))
+
+    async def _read_all(self, readings: Sequence[tuple[str, Reading]]) -> list[list[LogProbabilities]]:
+        found: list[list[LogProbabilities]] = [[] for _ in readings]
+        workers = []
+        for name, server in self._servers.items():
+            mine = [(place, reading) for place, (asked, reading) in enumerate(readings) if asked == name]
+            reader, left = _Reader(server, self._clients[name], self.shown_urls[name]), iter(mine)
+            n_workers = min(server.concurrency, len(mine))
+            workers += [asyncio.create_task(_work_off(left, reader, found)) for _ in range(n_workers)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+        return found
 
 
 async def _work_off(
     left: Iterator[tuple[int, Reading]], reader: "_Reader", found: list[list[LogProbabilities]]
 ) -> None:
     for place, reading in left:
-        found[place] = await reader.read(reading)
+        found[place] = await reader.read(str(place), reading)
 
 
 class _Reader:
     """Asks one server, and again where that may help."""
 
-    def __init__(self, server: ServerSettings, access: Access) -> None:
-        self.client = Client(server, access)
-        self._url = access.shown_url
-        self._max_retries = server.max_retries
-        self._gate = Gate(server, Budget(), kept_in="")
-        self._draw = random.Random()
+    def __init__(self, server: ServerSettings, client: Client, shown_url: str) -> None:
+        self._client = client
+        self._url = shown_url
+        self._sender = Sender(server.max_retries, Gate(server, Budget(), kept_in=""), lambda words, kind: None)
 
-    async def read(self, reading: Reading) -> list[LogProbabilities]:
+    async def read(self, name: str, reading: Reading) -> list[LogProbabilities]:
         where = f"{self._url}, model {reading.model}"
-        text = await self._answer(reading.body, where)
+        estimate = Usage(input_tokens=sum(len(reading.prompt) + len(more) for more in reading.more))
+        send = partial(self._client.send, COMPLETIONS, reading.body)
+        reply = await self._sender.until_answered(name, estimate, send, _keep_nothing)
+        if isinstance(reply, Unanswered):
+            raise ServerError(reply.words, where=where, remedy=_remedy(reply.reply))
         try:
-            return read_log_probabilities(text, len(reading.more), reading.tokens)
+            return read_log_probabilities(reply.text, len(reading.more), reading.tokens)
         except Rejected as error:
             remedy = "it takes a server with logprob_token_ids in /v1/completions, such as vLLM 0.33"
             raise ServerError(str(error), where=where, remedy=remedy) from error
 
-    async def _answer(self, body: dict[str, Any], where: str) -> str:
-        tries = 0
-        while True:
-            reply = await self._sent(body, tries)
-            if reply.status == "answered":
-                return reply.text
-            tries += 1
-            if verdict_on(reply) != "again":
-                raise ServerError(words_of(reply), where=where, remedy=_remedy(reply))
-            if tries > self._max_retries:
-                what = f"no answer in {tries} attempts, the last: {words_of(reply)}"
-                raise ServerError(what, where=where, remedy=_remedy(reply))
-            await self._gate.nap(backoff_s(tries - 1, self._draw))
 
-    async def _sent(self, body: dict[str, Any], tries: int) -> Reply:
-        loop = asyncio.get_running_loop()
-        await self._gate.enter(Usage(), tries)
-        sent_at = loop.time()
-        try:
-            reply = await self.client.send(COMPLETIONS, body)
-        finally:
-            self._gate.leave(Usage(), Usage())
-        if reply.status == "answered":
-            self._gate.window.grow()
-        elif reply.is_throttled:
-            self._gate.shrink(sent_at)
-            self._gate.pause(retry_after_s(reply.headers, time.time()) or 0.0)
-        return reply
+async def _keep_nothing(reply: Reply, usage: Usage, started: float) -> None:
+    pass
 
 
 def read_log_probabilities(body: str, n_prompts: int, tokens: Sequence[int]) -> list[LogProbabilities]:
@@ -226,13 +226,3 @@ def _remedy(reply: Reply) -> str:
     if verdict_on(reply) == "refused":
         return "check that the served base and its context are the experiment's"
     return remedy_for(reply)
-
-
-def _finished(work: Coroutine[Any, Any, Result]) -> Result:
-    """What a coroutine returns; in a notebook, whose event loop is running already, it gets a thread of its own."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, work).result()

@@ -139,7 +139,7 @@ class Checkpoints:
     Args:
         folder: Holds them; see :func:`checkpoint_folder`.
         origin: What this training is made from.
-        keep_last: How many are kept.
+        keep_last: How many are kept; with 0 none is written.
     """
 
     folder: Path
@@ -180,13 +180,15 @@ class Checkpoints:
         return Written(part.version, {name: _sha256(staging / name) for name in names})
 
     def save(self, step: int, parts: Sequence[Part], processes: Processes | None = None) -> None:
-        """Write a whole checkpoint; every process calls it.
+        """Write a whole checkpoint, unless none is to be kept; every process calls it.
 
         Args:
             step: How many steps have been taken; a name for the checkpoint.
             parts: Those of this process.
             processes: All of them; None if this is the only one.
         """
+        if not self.keep_last:
+            return
         processes = processes or Processes()
         with processes.held_by_first(lambda: self._staging(step)) as staging:
             written = processes.gather({part.name: self.write(staging, part) for part in parts})

@@ -15,10 +15,11 @@ from personas_tune.adapters.bank import Adapter, AdapterBank
 from personas_tune.adapters.sharding import in_lockstep
 from personas_tune.datasets.tokens import TokenRow
 from personas_tune.errors import AdapterError, ConfigError
+from personas_tune.processes import Processes
 from personas_tune.training.batches import plain_batch
 from personas_tune.training.forward import answer_logits, answer_loss
 from personas_tune.training.order import epoch_order
-from personas_tune.training.schedule import move_training_state, next_in_turn
+from personas_tune.training.schedule import Progress, move_training_state, next_in_turn
 from personas_tune.training.self_check import SharingCheck, check_sharing
 from personas_tune.training.shared_prefix import backward_rows
 from personas_tune.training.teams import Team
@@ -68,6 +69,10 @@ class TrainingSettings:
         """Optimizer steps of a whole training."""
         return self.epochs * self.steps_per_epoch(n_rows)
 
+    def progress(self, n_rows: int, steps_done: int) -> Progress:
+        """How far an adapter with that many rows is after that many steps."""
+        return Progress(steps_done, self.n_steps(n_rows), self.steps_per_epoch(n_rows))
+
 
 @dataclass(frozen=True)
 class StepFigures:
@@ -104,6 +109,16 @@ class AdapterJob:
     steps_done: int = 0
     history: list[StepFigures] = field(default_factory=list)
     _order: tuple[int, list[int]] | None = field(default=None, repr=False)
+
+    @property
+    def adapter(self) -> str:
+        """The adapter's name within its set."""
+        return self.name.rpartition("/")[2]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What ``training.json`` says of it."""
+        return {"rows": len(self.rows), "steps": self.steps_done, "validation_losses": self.validation_losses}
 
     @property
     def validation_losses(self) -> list[float]:
@@ -226,6 +241,32 @@ def train_steps(
             report = replace(report, validation_loss=loss)
         job.history.append(report.figures)
         yield report
+
+
+def settle_sharing(
+    model: nn.Module,
+    bank: AdapterBank,
+    jobs: Sequence[AdapterJob],
+    loss_fn: nn.Module,
+    settings: TrainingSettings,
+    pad_id: int,
+    processes: Processes | None = None,
+) -> TrainingSettings:
+    """The settings, without shared prefixes if these turn out to give other gradients in one of the processes.
+
+    Every process calls it; the first one warns.
+    """
+    if settings.prefix_sharing == "off":
+        return settings
+    processes = processes or Processes()
+    check = check_first_group(model, bank, jobs, loss_fn, settings, pad_id)
+    problems = [problem for problem in processes.gather(check.problem) if problem is not None]
+    if not problems:
+        return settings
+    if processes.is_first:
+        line = f"{problems[0]}; training goes on without sharing, at several times the cost"
+        warnings.warn(line, stacklevel=1)
+    return replace(settings, prefix_sharing="off")
 
 
 def check_first_group(

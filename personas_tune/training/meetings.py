@@ -1,12 +1,35 @@
 """Taking the steps of a training beside other processes: reports, checkpoints and the end are common."""
 
-from collections.abc import Callable, Container, Iterator
+from collections import ChainMap
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from personas_tune.processes import Processes
-from personas_tune.training.fit import StepReport
+from personas_tune.training.fit import AdapterJob, StepReport, TrainingSettings
+from personas_tune.training.schedule import Progress
+from personas_tune.training.sets import AdapterPlan
 from personas_tune.training.stopping import StopRequest
-from personas_tune.training.teams import Team
+from personas_tune.training.teams import Place, Team
+
+
+def course_of(
+    plans: Sequence[AdapterPlan],
+    places: Sequence[Place],
+    jobs: Sequence[AdapterJob],
+    settings: TrainingSettings,
+    processes: Processes,
+) -> list[list[Progress]]:
+    """How far each team is, by adapter; every process calls it with its jobs."""
+    done = ChainMap(*processes.gather({job.adapter: job.steps_done for job in jobs}))
+    return [
+        [settings.progress(len(plans[index].rows), done[plans[index].adapter]) for index in place.adapters]
+        for place in places
+    ]
+
+
+def steps_taken(jobs: Sequence[AdapterJob], team: Team, processes: Processes) -> int:
+    """Steps that all processes have taken; every process calls it with its jobs."""
+    return sum(processes.gather(sum(job.steps_done for job in jobs) if team.leads else 0))
 
 
 @dataclass(frozen=True)

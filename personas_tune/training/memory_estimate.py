@@ -2,7 +2,8 @@
 
 On torch's meta device tensors have shapes and types but no data. Passes of the training's and the evaluation's own
 code run there in a second, whatever the model, its adapters or the checkpointing, and every storage that they make is
-counted from its making until it is let go (``live_bytes.py``). Weights and optimizer states are counted from shapes.
+counted from its making until it is let go (``live_bytes.py``); so does a step of the optimizer. Weights and optimizer
+states are counted from shapes.
 
 What is left out: what the device's own library takes (:data:`CUDA_BYTES`), kernels' scratch memory, and what the
 allocator loses in between.
@@ -19,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 from personas_tune.adapters.bank import AdapterBank
 from personas_tune.adapters.base_model import size_of_weights
 from personas_tune.datasets.tokens import TokenRow
-from personas_tune.training.batches import Plan, plan_passes, plan_tree_round
+from personas_tune.training.batches import Plan, plan_passes, plan_prompts, plan_tree_round
 from personas_tune.training.forward import fp32_head
-from personas_tune.training.live_bytes import peak_of
+from personas_tune.training.live_bytes import LiveBytes, peak_of
 from personas_tune.training.shared_prefix import PrefixReader, obstacle, run_passes
 
 CUDA_BYTES = 1_000_000_000  # of a GPU, for CUDA's context, cuBLAS and what the allocator loses: assumed, not counted
@@ -38,7 +39,8 @@ class Memory:
         adapters: fp32 weights of all adapters that lie there.
         optimizer: Their optimizers' states.
         working: The copy that the model runs with, and the fp32 gradient of the adapter at work.
-        passes: The most that a pass holds beside these: activations, keys and values of prefixes, logits, gradients.
+        passes: The most that a pass holds beside these: activations, keys and values of prefixes, logits, gradients;
+            or what the optimizer's step does, if that is more.
     """
 
     base: int
@@ -97,7 +99,7 @@ def evaluation_passes(network: nn.Module, *, max_tokens: int, n_tokens: int, ans
     Args:
         network: From :func:`~personas_tune.adapters.base_model.build_on_meta`.
         max_tokens: Of prefixes and one pass of what follows them (``evaluation.max_tokens_per_forward``).
-        n_tokens: Of a row.
+        n_tokens: Of a prompt.
         answers: The labels' answers in tokens.
     """
     groups = evaluation_groups(max_tokens, n_tokens, answers)
@@ -116,6 +118,42 @@ def optimizer_state_bytes(make: Callable[[list[nn.Parameter]], torch.optim.Optim
     optimizer.step()
     state = [value for value in tree_leaves(dict(optimizer.state[weight])) if isinstance(value, Tensor)]
     return sum(value.nbytes for value in state if value.numel() > 1) / weight.numel()
+
+
+def optimizer_step_bytes(
+    network: nn.Module, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], *, on_gpu: bool
+) -> int:
+    """The most bytes that a step holds beside an adapter's weights, their gradients and the optimizer's state.
+
+    Args:
+        network: From :func:`~personas_tune.adapters.base_model.build_on_meta`, its base frozen.
+        make: Makes the optimizer for some weights.
+        on_gpu: There torch's optimizers step on all weights at once, unless they are told not to.
+    """
+    shapes = [weight.shape for weight in network.parameters() if weight.requires_grad]
+    weights = [nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
+    optimizer = make(weights)
+    for group in optimizer.param_groups:
+        if on_gpu and group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True
+    for weight in weights:
+        weight.grad = torch.empty_like(weight)
+    optimizer.step()  # makes the state
+    state = [value for value in tree_leaves(dict(optimizer.state)) if isinstance(value, Tensor)]
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    with LiveBytes([*weights, *gradients, *state], torch.device("meta")) as live:
+        optimizer.step()
+    return int(live.peak)
+
+
+def gathered_bytes(network: nn.Module) -> int:
+    """The most that FSDP has of a base whole at a time: what lies outside its layers, a layer, and the next one.
+
+    Args:
+        network: Not quantised; its layers are the units of :func:`~personas_tune.adapters.sharding.shard`.
+    """
+    layers = [size_of_weights(layer) for layer in network.get_submodule("layers").children()]
+    return size_of_weights(network) - sum(layers) + 2 * max(layers)
 
 
 def training_plans(batch_size: int, rows_per_user: int, n_tokens: int, *, share: bool) -> list[Plan]:
@@ -143,18 +181,29 @@ def evaluation_groups(
 
     Args:
         max_tokens: As for :func:`evaluation_passes`, as are the others.
-        n_tokens: Of a row.
+        n_tokens: Of a prompt.
         answers: The labels' answers.
 
     Returns:
         Groups, each a list of prompts, each a list of a row for each answer; and how many prompts a pass has.
     """
-    n_answer = sum(len(answer) for answer in answers)
-    n_users = max(1, max_tokens // (n_tokens + n_answer))
-    width = round(n_tokens * (1 - PREFIX_SHARE)) + n_answer
-    n_prompts = max(1, (max_tokens - round(n_tokens * PREFIX_SHARE)) // width)
-    single = [[_rows_of_prompt(user, n_tokens, answers)] for user in range(n_users)]
-    return [(single, n_users), ([[_rows_of_prompt(n, n_tokens, answers) for n in range(n_prompts)]], n_prompts)]
+    n_prefix = round(PREFIX_SHARE * n_tokens)
+    n_users = max_tokens // n_tokens + 1
+    n_prompts = max_tokens // (n_tokens - n_prefix) + 1
+    of_users = [[user + 1] * n_tokens for user in range(n_users)]
+    of_one = [[0] * n_prefix + [n + 1] * (n_tokens - n_prefix) for n in range(n_prompts)]
+    return [_first_read(prompts, max_tokens, answers) for prompts in (of_users, of_one)]
+
+
+def _first_read(
+    prompts: Sequence[list[int]], max_tokens: int, answers: Sequence[Sequence[int]]
+) -> tuple[list[list[list[TokenRow]]], int]:
+    """What is read first of prompts, up to the first pass of a group."""
+    groups, per_pass = next(plan_prompts(prompts, sum(len(answer) for answer in answers), max_tokens))
+    chosen = [[prompts[index] for index in group[:per_pass]] for group in groups]
+    return [
+        [[TokenRow([*prompt, *answer], len(prompt)) for answer in answers] for prompt in group] for group in chosen
+    ], per_pass
 
 
 def train_once(network: nn.Module, plan: Plan, loss_fn: nn.Module) -> None:
@@ -179,13 +228,7 @@ def _forget_gradients(network: nn.Module) -> None:
         weight.grad = None
 
 
-def _row(branch: int, n_tokens: int, answer: Sequence[int] = (1, 2)) -> TokenRow:
-    """A row whose prefix all rows have, and whose branch begins with a token of its own."""
+def _row(branch: int, n_tokens: int) -> TokenRow:
+    """A row whose prefix all rows have, and whose branch begins with a token of its own; its answer has two."""
     n_prefix = round(PREFIX_SHARE * n_tokens)
-    tokens = [0] * n_prefix + [branch + 1] * (n_tokens - n_prefix - len(answer)) + list(answer)
-    return TokenRow(tokens, len(tokens) - len(answer))
-
-
-def _rows_of_prompt(branch: int, n_tokens: int, answers: Sequence[Sequence[int]]) -> list[TokenRow]:
-    prompt = _row(branch, n_tokens).prompt
-    return [TokenRow([*prompt, *answer], len(prompt)) for answer in answers]
+    return TokenRow([0] * n_prefix + [branch + 1] * (n_tokens - n_prefix - 2) + [1, 2], n_tokens - 2)

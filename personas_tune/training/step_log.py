@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -27,6 +27,13 @@ def losses_table(histories: Mapping[str, Sequence[StepFigures]]) -> pa.Table:
             "validation_loss": pa.array([figures.validation_loss for _, figures in steps], pa.float64()),
         }
     )
+
+
+def profiled(steps: Iterator[StepReport], profiler: Any) -> Iterator[StepReport]:
+    """The same steps; a torchtune profiler is told of each."""
+    for report in steps:
+        profiler.step()
+        yield report
 
 
 class StepLog:

@@ -77,6 +77,22 @@ def _share_processes(n_rows: Sequence[int], largest_first: Sequence[int], n_proc
     ]
 
 
+def shared_adapters(places: Sequence[Place], names: Sequence[str], *, in_step: bool) -> dict[str, str]:
+    """Which adapters several processes train together, in words by name: ``2``, or ``2 in step``.
+
+    Args:
+        places: From :func:`place_adapters`.
+        names: Of all adapters.
+        in_step: Whether the processes share the base's layers.
+    """
+    return {
+        names[index]: f"{len(place.ranks)} in step" if in_step else str(len(place.ranks))
+        for place in places
+        for index in place.adapters
+        if len(place.ranks) > 1
+    }
+
+
 class Team:
     """A team, as one of its processes sees it; alone by default.
 

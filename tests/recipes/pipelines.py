@@ -3,7 +3,9 @@
 import contextlib
 import csv
 import io
+import json
 import runpy
+import shutil
 import subprocess
 import sys
 from copy import deepcopy
@@ -198,6 +200,20 @@ def run_to_the_end(config: Path, *overrides: str, recipe: str = "persona_pipelin
     named = [word.removeprefix("output_dir=") for word in overrides if word.startswith("output_dir=")]
     root = named[0] if named else yaml.safe_load(config.read_text(encoding="utf-8"))["output_dir"]
     return Finished(config, Path(root), outcome)
+
+
+def export_adapters(run: Finished, folder: Path) -> dict[str, Path]:
+    """Export a run's adapters from a copy in ``folder``; gives PEFT folders by the names of ``serving.json``."""
+    root = Path(shutil.copytree(run.root, folder / "exported"))
+    run_to_the_end(run.config, f"output_dir={root}", recipe="persona_export")
+    record = json.loads((root / "export" / "serving.json").read_text(encoding="utf-8"))
+    return {name: Path(entry["path"]) for name, entry in record["adapters"].items()}
+
+
+def without_an_adapter(root: Path, set_name: str = "persona") -> None:
+    """Take the first user out of an adapter set's assignment."""
+    path = root / "adapters" / set_name / "assignment.parquet"
+    pq.write_table(pq.read_table(path).slice(1), path)
 
 
 def files_below(root: Path) -> dict[str, bytes]:

@@ -99,27 +99,17 @@ def ours_shared(experiment: Workspace, **keys: Any) -> dict[str, Any]:
 
 def llama_sections(checkpoint: Path, file: str = "model.safetensors") -> dict[str, Any]:
     """The bundled Llama base, or what a recipe made of it."""
-    ranks = {
-        "lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": False, "apply_lora_to_output": False,
-        "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0,
-    }  # fmt: skip
-    return {
-        "model": {"_component_": "torchtune.models.llama3.lora_llama3", **LLAMA, **ranks},
-        "tokenizer": {
-            "_component_": "torchtune.models.llama3.llama3_tokenizer",
-            "path": str(TINY_LLAMA / "tokenizer.model"),
-            "special_tokens_path": str(TINY_LLAMA / "special_tokens.json"),
-            "max_seq_len": 2048,
-        },
-        "checkpointer": {
-            "_component_": "torchtune.training.FullModelHFCheckpointer",
-            "checkpoint_dir": str(checkpoint),
-            "checkpoint_files": [file],
-            "model_type": "LLAMA3",
-            "recipe_checkpoint": None,
-            "output_dir": str(checkpoint.parent / "unused"),
-        },
+    sections = base_sections(TINY_LLAMA, **LLAMA, lora_attn_modules=["q_proj", "v_proj"])
+    sections["model"]["_component_"] = "torchtune.models.llama3.lora_llama3"
+    sections["tokenizer"] |= {"_component_": "torchtune.models.llama3.llama3_tokenizer", "max_seq_len": 2048}
+    sections["checkpointer"] |= {
+        "checkpoint_dir": str(checkpoint),
+        "checkpoint_files": [file],
+        "model_type": "LLAMA3",
+        "recipe_checkpoint": None,
+        "output_dir": str(checkpoint.parent / "unused"),
     }
+    return sections
 
 
 def write_chats(path: Path) -> dict[str, Any]:

@@ -1,33 +1,30 @@
 """Agents on a server: the same answers as in this process, and one line for whatever is wrong with the server."""
 
 import asyncio
+import contextlib
+import gc
 import json
+import os
 import shutil
+import signal
+import threading
+import time
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 from loopback.completions import BASE, serve_models
-from pipelines import run_recipe
+from pipelines import export_adapters, without_an_adapter
 
 from personas_tune.agents import load_agent, load_served_agent
-from personas_tune.errors import ConfigError, ServerError
+from personas_tune.errors import AdapterError, ConfigError, ServerError
+from personas_tune.llm.scoring import Reading
 from personas_tune.llm.settings import KEY_VARIABLE
-
-
-def export(run, folder):
-    """Export a run's adapters from a copy in ``folder``; gives PEFT folders by the names of ``serving.json``."""
-    root = Path(shutil.copytree(run.root, folder / "exported"))
-    outcome = run_recipe("persona_export", run.config, f"output_dir={root}")
-    assert outcome.status == 0, outcome.err
-    record = json.loads((root / "export" / "serving.json").read_text())
-    return {name: Path(entry["path"]) for name, entry in record["adapters"].items()}
 
 
 @pytest.fixture(scope="module")
 def served(csv_run, tiny_checkpoint, tmp_path_factory):
-    adapters = export(csv_run, tmp_path_factory.mktemp("served"))
+    adapters = export_adapters(csv_run, tmp_path_factory.mktemp("served"))
     assert {"persona-0", "persona-1", "single-all"} == adapters.keys()
     with serve_models(tiny_checkpoint, adapters) as server:
         yield server
@@ -38,6 +35,7 @@ def server(served):
     """The same, its ledger empty and without faults."""
     served.requests.clear()
     served.keys.clear()
+    served.hosts.clear()
     served.faults, served.faulty, served.most_at_once = [], None, 0
     return served
 
@@ -127,11 +125,125 @@ def test_it_works_where_an_event_loop_is_running_as_in_a_notebook(agent, local):
     np.testing.assert_allclose(asyncio.run(cell()).p, local["persona"].rate(user, items).p, atol=1e-5)
 
 
-def test_the_key_comes_from_the_environment(agent, server, monkeypatch):
-    agent.rate(agent.users[0], agent.items[:1])
-    monkeypatch.setenv(KEY_VARIABLE, "secret-key-of-mine")
-    agent.rate(agent.users[0], agent.items[:1])
+def test_the_key_comes_from_the_environment(csv_run, server, monkeypatch):
+    for key in (None, "secret-key-of-mine"):
+        if key is not None:
+            monkeypatch.setenv(KEY_VARIABLE, key)
+        with load_served_agent(csv_run.root, "persona", base_url=server.base_url) as agent:
+            agent.rate(agent.users[0], agent.items[:1])
     assert server.keys == [None, "Bearer secret-key-of-mine"]
+
+
+@pytest.mark.parametrize(
+    ("gone", "words"),
+    [
+        ("logprobs", "`logprobs` must be set"),
+        ("return_tokens_as_token_ids", "without the log probabilities of the tokens asked for"),
+        ("logprob_token_ids", "without the log probabilities of the tokens asked for"),
+    ],
+)
+def test_the_server_holds_requests_to_vllms_contract(agent, monkeypatch, gone, words):
+    whole = Reading.body.fget
+    monkeypatch.setattr(Reading, "body", property(lambda self: {k: v for k, v in whole(self).items() if k != gone}))
+    with pytest.raises(ServerError, match=words):
+        agent.rate(agent.users[0], agent.items[:1])
+
+
+def test_a_prompt_above_the_servers_context_is_told(agent, server, monkeypatch):
+    monkeypatch.setattr(server.models, "context", 100)
+    with pytest.raises(ServerError, match=r"maximum context length is 100.* the served base and its context"):
+        agent.rate(agent.users[0], agent.items[:1])
+
+
+def request_threads():
+    return {thread for thread in threading.enumerate() if thread.name == "personas_tune requests"}
+
+
+def test_connections_stay_open_until_the_agent_is_closed(csv_run, server):
+    before = request_threads()
+    with load_served_agent(csv_run.root, "persona", base_url=server.base_url, concurrency=1) as agent:
+        n_connections = server.n_connections
+        for item in agent.items[:3]:
+            agent.rate(agent.users[0], [item])
+        assert server.n_connections == n_connections
+        assert len(request_threads() - before) == 1
+    assert request_threads() <= before
+    agent.close()
+    with pytest.raises(ServerError, match="the agent is closed; load it again"):
+        agent.rate(agent.users[0], agent.items[:1])
+
+
+def test_an_agent_that_is_let_go_of_closes_its_connections(csv_run, server):
+    before = request_threads()
+    agent = load_served_agent(csv_run.root, "persona", base_url=server.base_url)
+    assert request_threads() - before
+    del agent
+    gc.collect()
+    assert request_threads() <= before
+
+
+def test_an_interrupt_stops_at_once_and_the_agent_works_on(agent, server, monkeypatch):
+    slow = threading.Event()
+
+    async def cell():
+        return agent.rate(agent.users[0], agent.items[:4])
+
+    answer = server.models.next_log_probabilities
+
+    def held(*asked):
+        slow.wait(20)
+        return answer(*asked)
+
+    monkeypatch.setattr(server.models, "next_log_probabilities", held)
+    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    begun = time.monotonic()
+    try:
+        with contextlib.closing(asyncio.new_event_loop()) as loop, pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(cell())
+        assert time.monotonic() - begun < 5
+    finally:
+        slow.set()
+        timer.join()
+    assert agent.rate(agent.users[0], agent.items[:1]).p.shape == (1, len(agent.labels))
+
+
+def test_each_merged_adapter_may_have_a_server_of_its_own(csv_run, server, local):
+    addresses = {"persona-0": server.base_url, "persona-1": server.base_url.replace("127.0.0.1", "localhost")}
+    with load_served_agent(csv_run.root, "persona", base_url=addresses) as agent:
+        pairs = [(user, agent.items[:2]) for user in agent.users]
+        for one, other in zip(local["persona"].rate_many(pairs), agent.rate_many(pairs), strict=True):
+            np.testing.assert_allclose(other.p, one.p, atol=1e-5)
+    assert {body["model"]: host for body, host in zip(server.requests, server.hosts, strict=True)} == {
+        name: address.removeprefix("http://").removesuffix("/v1") for name, address in addresses.items()
+    }
+    for name, given in (("persona", {"persona-0": server.base_url}), ("base", addresses)):
+        with pytest.raises(ConfigError, match=r"no address of persona-1|the base alone takes one address"):
+            load_served_agent(csv_run.root, name, base_url=given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"base_url": ""}, {"base_url": None}, {"base_url": {}}, {"base_url": {"persona-0": ""}}, {"concurrency": 0},
+        {"concurrency": 2.5}, {"timeout_s": 0}, {"timeout_s": "1"}, {"max_retries": -1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_mistaken_bounds_and_addresses_are_told_in_one_line(csv_run, server, monkeypatch, given):
+    monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+    with pytest.raises(ConfigError) as error:
+        load_served_agent(csv_run.root, "persona", **{"base_url": server.base_url, **given})
+    assert str(error.value).startswith(next(iter(given)))
+    assert "\n" not in str(error.value)
+    assert server.requests == []
+
+
+def test_a_user_without_an_adapter_is_told(csv_run, server, copy_of):
+    root = copy_of(csv_run)
+    without_an_adapter(root)
+    with pytest.raises(AdapterError, match="no adapter for user"):
+        load_served_agent(root, "persona", base_url=server.base_url)
 
 
 @pytest.mark.parametrize(

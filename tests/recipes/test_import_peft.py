@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import peft
@@ -58,7 +59,9 @@ def test_imported_adapters_are_those_that_were_exported_and_are_measured_alike(c
     assert "adapters/again is up to date" in ran(csv_run, root, again).out
     assert stage_folders(root) == before
     agents = ("~agents.single", "~agents.base", "~agents.persona_generate", "agents.again={adapters: again}")
-    ran(csv_run, root, again, *agents, recipe="persona_eval")
+    mended = "agents.mended={adapters: again, calibrate: true}"
+    outcome = ran(csv_run, root, again, *agents, mended, recipe="persona_eval")
+    assert "warning" not in outcome.out  # nothing here trained it on the rows that it is calibrated on
     assert rows(root, "eval/predictions_again") == rows(root, "eval/predictions_persona")
 
 
@@ -170,11 +173,23 @@ REFUSED = {
     ),
     "start from trained personas": (
         ["adapter_sets.x={per: persona, start_from: persona}"],
-        ["no set of one adapter 'persona' on that base above it"],
+        ["no set 'persona' of one adapter or of imported ones on that base above it; such are: single"],
     ),
     "all from imported personas": (
         ["adapter_sets.p={per: persona, peft: OF_PEFT}", "adapter_sets.x={per: all, start_from: p}"],
-        ["no set of one adapter 'p' on that base above it"],
+        ["no set 'p' of one adapter on that base above it; such are: single"],
+    ),
+    "an over-long path": (
+        [f"adapter_sets.x={{per: all, peft: {'a' * 300}}}"],
+        ["aaa: PEFT folder can't be read (File name too long); check the path"],
+    ),
+    "personas of another rank": (
+        ["adapter_sets.x={per: persona, peft: ROOT/adapters/persona}", "model.lora_rank=2"],
+        ["adapters/persona/0: layers.0.attn.", "adapters/persona/1: layers.0.attn."],
+    ),
+    "a home that there is not": (
+        ["adapter_sets.x={per: persona, peft: ~nobody_here/x}", "adapter_sets.y={per: all, peft: gone}"],
+        ["~nobody_here/x: no such user's home", "gone): PEFT folder not found"],
     ),
 }
 
@@ -192,6 +207,48 @@ def test_what_cannot_be_imported_is_a_line_and_nothing_is_written(overrides, lin
     assert not (root / "adapters" / "x").exists()
 
 
+def test_all_folders_that_are_broken_are_told_at_once(csv_run, root, of_peft, tmp_path):
+    theirs = tmp_path / "theirs"
+    for persona, spoil in {"0": "truncated", "1": "no config"}.items():
+        shutil.copytree(of_peft, theirs / persona)
+        HOSTILE[spoil][0](theirs / persona)
+    sets = ("adapter_sets.y={per: all, peft: gone}", f"adapter_sets.x={{per: persona, peft: {theirs}}}")
+    outcome = run_recipe("persona_lora", csv_run.config, f"output_dir={root}", *sets, ALL_OF_QKV)
+    gone, first, second = outcome.err.strip().splitlines()
+    assert "gone): PEFT folder not found" in gone
+    assert f"{theirs}/0/{PEFT_WEIGHTS}: {HOSTILE['truncated'][1]}" in first
+    assert f"{theirs}/1/{PEFT_CONFIG}: {HOSTILE['no config'][1]}" in second
+
+
+def test_an_adapter_that_names_another_base_is_used_with_a_line(csv_run, root, of_peft, tmp_path, tiny_checkpoint):
+    theirs = tmp_path / "theirs"
+    for persona in ("0", "1"):
+        shutil.copytree(of_peft, theirs / persona)
+        name_base(theirs / persona, "some\nwhere/else")
+    outcome = ran(csv_run, root, f"adapter_sets.x={{per: persona, peft: {theirs}}}", ALL_OF_QKV)
+    said = [line for line in outcome.out.splitlines() if "adapters/x: " in line]
+    assert said[0] == f"persona_lora: adapters/x: trained on some where/else, used on {tiny_checkpoint}"
+    assert len(said) == 2
+    for persona in ("0", "1"):
+        trained = json.loads((root / "adapters" / "x" / persona / "training.json").read_text())
+        assert trained["trained_on"] == "some where/else"
+
+
+@pytest.mark.parametrize("name", [None, "", "somewhere/{}", "{}"])
+def test_an_adapter_that_names_this_base_or_none_is_used_without_a_line(
+    name, csv_run, root, of_peft, tmp_path, tiny_checkpoint
+):
+    folder = Path(shutil.copytree(of_peft, tmp_path / "theirs"))
+    name_base(folder, name.format(tiny_checkpoint.name.upper()) if isinstance(name, str) else name)
+    outcome = ran(csv_run, root, f"adapter_sets.x={{per: all, peft: {folder}}}", ALL_OF_QKV)
+    assert "used on" not in outcome.out
+
+
+def name_base(folder, name):
+    config = json.loads((folder / PEFT_CONFIG).read_text())
+    (folder / PEFT_CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": name}))
+
+
 HOSTILE = {
     "a pickle": (lambda f: torch.save({"a": torch.ones(1)}, f / PEFT_WEIGHTS), "(a pickle, which isn't read)"),
     "truncated": (lambda f: (f / PEFT_WEIGHTS).write_bytes((f / PEFT_WEIGHTS).read_bytes()[:-9]), "not a sound safet"),
@@ -201,8 +258,24 @@ HOSTILE = {
         lambda f: save_file({n: w[:, :16].clone() for n, w in load_file(f / PEFT_WEIGHTS).items()}, f / PEFT_WEIGHTS),
         "import it with the base that it was trained on",
     ),
+    "4 bits": (lambda f: _in_4_bits(f / PEFT_WEIGHTS), "is of type F4; save the adapter as matrices of type"),
+    "another rank": (
+        lambda f: (f / PEFT_CONFIG).write_text((f / PEFT_CONFIG).read_text().replace('"r": 3', '"r": 5')),
+        "has rank 3, adapter_config.json says 5",
+    ),
     "no config": (lambda f: (f / PEFT_CONFIG).write_text("null"), "not a PEFT config"),
 }  # fmt: skip
+
+
+def _in_4_bits(file):
+    """Give the first weight a type that torch's numbers haven't, of the same bytes."""
+    content = file.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    first = next(weight for name, weight in header.items() if name != "__metadata__")
+    first.update(dtype="F4", shape=[first["shape"][0], 8 * first["shape"][1]])
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
 
 
 def _nan(weights):

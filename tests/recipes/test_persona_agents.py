@@ -12,7 +12,7 @@ from pipelines import rows, run_recipe
 from several import Started
 
 from personas_tune.datasets import RatingSource
-from personas_tune.evaluation.calibration import calibrate
+from personas_tune.evaluation.calibration import fit_calibration
 from personas_tune.prompts.render import render_prompt
 from personas_tune.workspace import MANIFEST
 
@@ -74,10 +74,10 @@ def learning(csv_run, tmp_path_factory):
 
     def spy(*arguments):
         asked.append(arguments)
-        return calibrate(*arguments)
+        return fit_calibration(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("personas_tune.evaluation.calibration.calibrate", spy)
+        patch.setattr("personas_tune.evaluation.calibration.fit_calibration", spy)
         outcome = ran("persona_eval", csv_run, root, *LEARNING)
     return root, outcome, asked
 
@@ -99,7 +99,8 @@ def test_calibration_and_hybrids(learning):
 
 def test_an_agent_is_calibrated_on_the_later_half_of_each_users_train_rows(learning):
     root, _, asked = learning
-    ((p_train, ratings, users, p, labels),) = asked
+    ((p_train, ratings, users, labels),) = asked
+    p = distributions(root, "persona")
     by_user = {}
     for row in rows(root, "samples/train"):
         by_user.setdefault(row["user_id"], []).append((row["position"], row["rating"]))
@@ -109,8 +110,8 @@ def test_an_agent_is_calibrated_on_the_later_half_of_each_users_train_rows(learn
     assert {user: [r for r, u in zip(ratings, users, strict=True) if u == user] for user in later} == later
     assert p_train.shape == (len(ratings), len(labels))
     assert not np.array_equal(p_train[: len(p)], p[: len(p_train)])
-    np.testing.assert_allclose(p, distributions(root, "persona"), atol=1e-9)
-    np.testing.assert_allclose(calibrate(p_train, ratings, users, p, labels), distributions(root, "mended"), atol=1e-9)
+    told = fit_calibration(p_train, ratings, users, labels).apply(p)
+    np.testing.assert_allclose(told, distributions(root, "mended"), atol=1e-9)
 
 
 def test_agents_calibrated_on_rows_that_adapters_know_are_named(learning):

@@ -234,7 +234,7 @@ def test_a_checkpoint_of_a_set_that_began_with_other_weights_is_refused(onward, 
 @pytest.mark.parametrize(
     ("sets", "said"),
     [
-        ("{b: {per: persona, start_from: a}, a: {per: all}}", "no set of one adapter 'a' on that base above it"),
+        ("{b: {per: persona, start_from: a}, a: {per: all}}", "no set 'a' of one adapter or of imported ones on that"),
         ("{a: {per: persona}, b: {per: persona, start_from: a}}", "such are: none"),
         ("{a: {per: all}, b: {per: persona, start_from: c}}", "such are: a"),
     ],

@@ -115,6 +115,8 @@ def test_the_command_serves_every_adapter(run, tiny_checkpoint):
         config = json.loads((Path(path) / "adapter_config.json").read_text())
         assert config["r"] <= record["max_lora_rank"]
         assert config["base_model_name_or_path"] == tiny_checkpoint.name
+    card = (root / "export" / "persona" / "0" / "README.md").read_text()
+    assert "vllm serve BASE --enable-lora --max-lora-rank 8 --max-loras 1 --lora-modules persona-0=PATH\n" in card
     assert f"serve with: {record['command']}\n" in out
 
 
@@ -135,13 +137,21 @@ def test_cards_tell_what_the_experiment_knows_and_no_path(run, tiny_checkpoint):
     assert f"{clustering['sizes'][1]} users" in card.text
     for entry in clustering["words"]["1"][:10]:
         assert f"`{entry['word']}`" in card.text
-    samples = next(sha for path, sha in manifest["inputs"].items() if path.endswith("samples/train.parquet"))
-    assert samples in card.text
+    assert hash_of_prompts(manifest["inputs"]) in card.text
+    assert {result.dataset_type for result in card.data.eval_results} == {"csv"}
+    assert "| LoRA rank | 4 |\n| LoRA alpha | 8 |\n| LoRA dropout | 0.1 |\n" in card.text
     everybody = ModelCard.load(root / "export" / "single" / "all" / "README.md")
     assert "## Persona" not in everybody.text
     texts = [path.read_text(errors="ignore") for name in ("persona", "single") for path in cards_of(root, name)]
     assert len(texts) == 6
     assert not [text for text in texts if str(root) in text or str(tiny_checkpoint.parent) in text]
+
+
+def hash_of_prompts(inputs):
+    of_prompts = ("items.parquet", "users.parquet", "profiles.parquet", "memories.parquet", "prompt.json")
+    hashes = sorted(sha for path, sha in inputs.items() if path.endswith((*of_prompts, "samples/train.parquet")))
+    assert len(hashes) == 6
+    return hashlib.sha256("".join(f"{sha}\n" for sha in hashes).encode()).hexdigest()
 
 
 def cards_of(root, name):
@@ -311,6 +321,8 @@ def test_what_is_imported_again_is_exported_as_it_was_and_not_claimed(csv_run, c
     }
     card = (copy / "export" / "back" / "1" / "README.md").read_text()
     assert "trained by" not in card
+    assert "LoRA dropout" not in card
+    assert "license_name: unstated" in card
     assert str(run[0]) not in card
     assert "## Persona" in card
 
@@ -322,7 +334,9 @@ def test_what_is_imported_again_is_exported_as_it_was_and_not_claimed(csv_run, c
         (["export.sets=[]"], "export.sets: no adapter set to export; name some of adapter_sets"),
         (["export.adapters=[al]"], "export.adapters: no adapter 'al'; did you mean all?"),
         (["export.adapters=[7]"], "export.adapters: no adapter '7'; there are 0, 1, all"),
-        (["export.adapters=[]"], "export.adapters: no adapter ''; there are 0, 1, all"),
+        (["export.adapters=[]"], "export.adapters: no adapter to export; name some, or leave it null"),
+        (["export.base_name=/home/me/base"], "export.base_name: '/home/me/base' names no model; write owner/name"),
+        (["adapter_sets.merged={}"], "adapter_sets: 'merged' names the folder of merged checkpoints; rename the set"),
         (["checkpointer.checkpoint_dir=/nowhere"], "/nowhere: checkpoint folder not found; get it with `tune download"),
         (["export.push_to=me"], "export.push_to: 'me' names no repositories of the Hub; write owner/prefix"),
         (["export.push_to=me/a"], "export.push_to: HF_TOKEN is not set; export HF_TOKEN=..."),
@@ -350,6 +364,81 @@ def test_another_base_is_refused_before_anything_is_written(csv_run, copy, tmp_p
     assert outcome.status == 2
     assert "trained on another base: its config.json was not this one" in outcome.err
     assert not (copy / "export").exists()
+
+
+def test_other_weights_of_the_same_shape_are_refused_whatever_their_file_is_called(
+    csv_run, copy, tmp_path, tiny_checkpoint
+):
+    twin = Path(shutil.copytree(tiny_checkpoint, tmp_path / "twin"))
+    weights = load_file(twin / "model.safetensors")
+    (twin / "model.safetensors").unlink()
+    save_file({name: weight + 0.01 for name, weight in weights.items()}, twin / "weights.safetensors", {"format": "pt"})
+    outcome = run_recipe(
+        "persona_export", csv_run.config, f"output_dir={copy}", f"checkpointer.checkpoint_dir={twin}",
+        "checkpointer.checkpoint_files=[weights.safetensors]", "export.format=merged",
+    )  # fmt: skip
+    assert outcome.status == 2
+    assert "trained on another base: its weights.safetensors was not this one" in outcome.err
+    assert not (copy / "export").exists()
+
+
+def test_what_earlier_runs_exported_stays_in_the_serving_file(csv_run, copy):
+    exported(csv_run, copy, "export.sets=[persona]", "export.adapters=[0]")
+    out = exported(csv_run, copy, "export.sets=[single]")
+    record = json.loads((copy / "export" / "serving.json").read_text())
+    assert list(record["adapters"]) == ["persona-0", "single-all"]
+    assert f"serve with: {record['command']}\n" in out
+    shutil.rmtree(copy / "export" / "persona")
+    exported(csv_run, copy, "export.sets=[single]")
+    assert list(json.loads((copy / "export" / "serving.json").read_text())["adapters"]) == ["single-all"]
+
+
+def test_cards_tell_of_the_training_whatever_the_config_says_now(csv_run, copy):
+    now = ("data.format=movielens", "model.lora_rank=2", "model.lora_alpha=1", "export.words=false")
+    exported(csv_run, copy, "export.sets=[persona]", *now)
+    card = ModelCard.load(copy / "export" / "persona" / "0" / "README.md")
+    assert {result.dataset_type for result in card.data.eval_results} == {"csv"}
+    assert "| LoRA rank | 4 |\n| LoRA alpha | 8 |\n" in card.text
+    assert "users, grouped by the likeness" in card.text
+    assert "Words that set" not in card.text
+
+
+def test_a_4_bit_base_is_told_by_what_training_noted(csv_run, copy):
+    file = copy / "adapters" / "persona" / MANIFEST
+    manifest = json.loads(file.read_text())
+    manifest["settings"]["model"]["quantize_base"] = True
+    file.write_text(json.dumps(manifest))
+    exported(csv_run, copy, "export.sets=[persona]")
+    assert "4 bits (NF4, QLoRA)" in (copy / "export" / "persona" / "0" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("adapters/persona/manifest.json", "{}"),
+        ("adapters/persona/0/training.json", "{}"),
+        ("personas/clustering.json", "[]"),
+        ("eval/metrics.json", '{"agents": [{}]}'),
+        ("eval/manifest.json", "[]"),
+        ("samples/manifest.json", "{}"),
+        ("data/manifest.json", "{}"),
+    ],
+)
+def test_a_damaged_file_is_named(name, content, csv_run, copy):
+    (copy / name).write_text(content)
+    outcome = run_recipe("persona_export", csv_run.config, f"output_dir={copy}", "export.sets=[persona]")
+    assert outcome.status == 2
+    assert outcome.err.startswith(f"error: {copy / name}: it doesn't say what it should (")
+    assert outcome.err.count("\n") == 1
+
+
+def test_a_folder_in_the_place_of_a_file_is_told_in_a_line(csv_run, copy):
+    (copy / "export" / "serving.json").mkdir(parents=True)
+    outcome = run_recipe("persona_export", csv_run.config, f"output_dir={copy}", "export.sets=[persona]")
+    assert outcome.status == 2
+    assert outcome.err == (
+        f"error: {copy / 'export' / 'serving.json'}: a folder is where a file is to be; move it away\n"
+    )
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])

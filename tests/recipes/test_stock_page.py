@@ -3,6 +3,7 @@
 import math
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,17 @@ from stock import (
     tune_run,
     write_chats,
 )
+from torchtune._recipe_registry import get_all_recipes
 from torchtune.config import validate
 
 from personas_tune.config import load_experiment
 from personas_tune.workspace import Workspace
 
-HEAD = re.compile(r"# (\w+), from (\S+)\n")
+HEAD = re.compile(r"# ([\w/]+), from (\S+)\n")
 BLOCKS = [block for block in blocks_of_page("yaml") if HEAD.match(block)]
+RECIPES = {recipe.name: STOCK_FOLDER / recipe.file_path for recipe in get_all_recipes()}
 READS_COLLATE_FN = {
-    file.stem for file in STOCK_FOLDER.glob("*.py") if 'cfg.get("collate_fn"' in file.read_text(encoding="utf-8")
+    name for name, file in RECIPES.items() if 'cfg.get("collate_fn"' in file.read_text(encoding="utf-8")
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore:DTensor random operators")
@@ -150,12 +153,21 @@ def test_shared_prefixes_go_where_the_table_says() -> None:
     assert by_table == READS_COLLATE_FN - {"qat_lora_finetune_distributed"}  # which doesn't start
 
 
-def test_every_recipe_of_torchtune_is_in_the_table_or_prepares_something() -> None:
+def test_the_table_has_every_recipe_of_torchtune() -> None:
     patterns = [re.escape(name).replace(r"\*", r"\w*") for name in table()]
-    missing = [
-        file.stem for file in STOCK_FOLDER.glob("*.py") if not any(re.fullmatch(one, file.stem) for one in patterns)
-    ]
-    assert sorted(missing) == ["__init__", "quantize"]
+    assert [name for name in RECIPES if not any(re.fullmatch(one, name) for one in patterns)] == []
+    assert [one for one in patterns if not any(re.fullmatch(one, name) for name in RECIPES)] == []
+
+
+def test_the_recipe_of_several_datasets_takes_huggingfaces_only() -> None:
+    code = RECIPES["dev/lora_finetune_distributed_multi_dataset"].read_text(encoding="utf-8")
+    assert "load_hf_dataset(" in code
+    assert "config.instantiate(cfg_dataset, self._tokenizer)" not in code
+
+
+def test_the_grpo_recipe_lacks_a_part_of_its_own() -> None:
+    assert "from torchtune.dev.grpo" in (STOCK_FOLDER / "dev" / "grpo_full_finetune_distributed.py").read_text()
+    assert find_spec("torchtune.dev") is None
 
 
 def test_the_blocks_for_our_recipes_are_valid() -> None:

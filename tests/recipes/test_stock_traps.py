@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError
-from stock import TINY_LLAMA, llama_sections, ours, set_up, stock_config
+from stock import TINY_LLAMA, llama_sections, losses, ours, ours_shared, set_up, stock_config
 from tiny import base_sections
 from torchtune import config as torchtune_config
 from torchtune.data import Message
@@ -47,3 +47,13 @@ def test_the_lora_recipe_needs_a_key_that_its_builder_does_not(
     del config["model"]["apply_lora_to_mlp"]
     with pytest.raises(ConfigAttributeError, match="apply_lora_to_mlp"):
         set_up("lora_finetune_single_device", config)
+
+
+def test_fewer_items_than_a_batch_train_nothing(experiment: Workspace, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = stock_config(tmp_path / "out", tiny_checkpoint, None, batch_size=7, max_steps_per_epoch=None)
+    config |= ours_shared(experiment, rows_per_item=6)  # six items
+    made = set_up("lora_finetune_single_device", config)
+    made.train()
+    assert made.global_step == 0
+    assert losses(tmp_path / "out") == []
+    made.cleanup()

@@ -203,6 +203,11 @@ def test_a_mistake_is_blamed_on_the_file_or_on_the_override_that_it_came_with(mi
         "override 'data.split={by: y}': data.split.by is 'y'; it should be 'user_time' or 'global_time'",
         "override 'seed=x': seed is 'x'; it should be a valid integer",
     ]
+    # A value above that hasn't the key doesn't set it.
+    (of_file,) = mistakes("output_dir: run\ndata: {split: {by: x}}\n", "data={format: world}")
+    assert of_file.startswith("c.yaml: data.split.by is 'x'")
+    (of_removal,) = mistakes(MINIMAL, "~output_dir")
+    assert of_removal == "override '~output_dir': key output_dir is missing; add output_dir: ..."
     (of_file, of_override) = mistakes("output_dir: run\nagents: {a: {adapters: mine}}\n", "agents.b.adapters=yours")
     assert of_file.startswith("c.yaml: agents.a.adapters: no adapter set 'mine'")
     assert of_override.startswith("override 'agents.b.adapters=yours': agents.b.adapters: no adapter set 'yours'")

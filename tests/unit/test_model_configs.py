@@ -15,7 +15,7 @@ from torchtune._cli.tune import TuneCLIParser
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import LoRALinear, get_adapter_params
 
-from personas_tune.adapters.base_model import build_on_meta, missing_base_files, size_of_weights
+from personas_tune.adapters.base_model import build_on_meta, download_command, missing_base_files, size_of_weights
 from personas_tune.cli import list_bundled
 from personas_tune.config import base_sections, bundled_configs, find_config, load_experiment
 
@@ -173,7 +173,7 @@ def test_the_table_of_models_says_what_each_is(model):
     hub, licence, builder, n_parameters, context = CELLS[model]
     component = loaded(LORA[model]).model["_component_"]
     assert (hub, builder) == (PUBLISHED[model].hub, component.rpartition(".")[2])
-    assert licence
+    assert ("gated" in licence) == ("--hf-token" in download_command(component, Path("base")))
     assert n_parameters == f"{n_weights(LORA[model])[0] / 1e9:.2f} B"
     assert context == f"{full_size(LORA[model]).max_seq_len:,}"
 

@@ -12,11 +12,13 @@ from personas_tune.adapters.files import (
     lora_shape,
     record_base,
     save_adapter,
+    save_in_set,
     save_native,
 )
 from personas_tune.adapters.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, read_peft
+from personas_tune.adapters.selection import read_assignment, write_assignment
 from personas_tune.errors import CheckpointError, MissingInputError
-from personas_tune.workspace import sha256_of_file
+from personas_tune.workspace import open_stage, read_json, sha256_of_file
 
 
 def test_native_files_load_back_bit_for_bit(load_tiny, tmp_path: Path) -> None:
@@ -46,6 +48,22 @@ def test_the_native_file_says_what_it_was_trained_with(tiny_checkpoint: Path, tm
     assert load_about(tmp_path) == {"rank": 4, "alpha": 8, "dropout": 0.25, "base_weights": [sha256]}
     config = read_peft(tmp_path).config
     assert (config["lora_dropout"], config["base_model_name_or_path"]) == (0.25, str(tiny_checkpoint))
+
+
+def test_a_set_holds_each_adapter_with_its_record_and_who_it_is_for(load_tiny, tiny_checkpoint, tmp_path: Path) -> None:
+    base = load_tiny()
+    weights = base.bank.add_new("a", seed=0).state_dict()
+    of_base = {"shape": lora_shape(base.model), "base": record_base("PHI3_MINI", tiny_checkpoint, [])}
+    with open_stage(tmp_path / "set", {}, [], seed=0) as stage:
+        save_in_set(stage, "0", weights, **of_base, rows=3, steps=2, validation_losses=[0.5])
+        save_in_set(stage, "1", weights, **of_base, imported_from="there")
+        write_assignment(stage, {"ann": "0", "bob": "1"})
+    assert read_json(tmp_path / "set" / "0" / "training.json") == {"rows": 3, "steps": 2, "validation_losses": [0.5]}
+    assert read_json(tmp_path / "set" / "1" / "training.json")["imported_from"] == "there"
+    assert {path.name for path in (tmp_path / "set" / "1").iterdir()} == {
+        NATIVE_FILE, PEFT_CONFIG, PEFT_WEIGHTS, "training.json",
+    }  # fmt: skip
+    assert read_assignment(tmp_path / "set", "x") == {"ann": "x/0", "bob": "x/1"}
 
 
 def test_an_older_native_file_says_less(tmp_path: Path) -> None:

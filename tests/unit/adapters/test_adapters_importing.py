@@ -1,5 +1,6 @@
 """PEFT folders come into a bank, or leave it as it was."""
 
+import os
 import shutil
 
 import pytest
@@ -9,13 +10,18 @@ from tiny import base_sections
 
 from personas_tune.adapters.base_model import load_base
 from personas_tune.adapters.files import lora_shape, record_base, save_adapter
-from personas_tune.adapters.importing import check_import, import_peft
+from personas_tune.adapters.importing import check_imports, import_peft
 from personas_tune.adapters.peft_files import PEFT_WEIGHTS
-from personas_tune.errors import AdapterError, CheckpointError, ConfigError
+from personas_tune.errors import AdapterError, CheckpointError
 
 
 def load(checkpoint, **model):
     return load_base(**base_sections(checkpoint, **model), device="cpu", dtype="fp32")
+
+
+def problems(folder, sections):
+    """Why a folder can't be imported, as the config's check tells it."""
+    return [str(error) for error in check_imports(str(folder), ["all"], "all", **sections, where="peft")]
 
 
 def random_masters(base, name):
@@ -65,9 +71,31 @@ def test_what_does_not_fit_leaves_the_bank_as_it_was(exported, tiny_checkpoint):
 def test_an_import_is_checked_without_the_bases_weights(exported, tiny_checkpoint):
     folder, _ = exported
     sections = base_sections(tiny_checkpoint)
-    check_import(sections["model"], sections["checkpointer"], folder)
-    with pytest.raises(AdapterError, match=r"set model\.lora_rank=4"):
-        check_import({**sections["model"], "lora_rank": 3}, sections["checkpointer"], folder)
+    assert problems(folder, sections) == []
+    (problem,) = problems(folder, {**sections, "model": {**sections["model"], "lora_rank": 3}})
+    assert "set model.lora_rank=4" in problem
+
+
+def test_what_is_wrong_with_the_base_is_told_once_for_all_folders(exported, tiny_checkpoint, tmp_path):
+    folder, _ = exported
+    for name in ("0", "1"):
+        shutil.copytree(folder, tmp_path / "set" / name)
+    sections = base_sections(tiny_checkpoint, embed_dim=64)
+    (problem,) = check_imports(str(tmp_path / "set"), ["1", "0", "1"], "persona", **sections, where="peft")
+    assert "which no module of the base has" in str(problem)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read_is_a_line(exported, tiny_checkpoint):
+    folder, _ = exported
+    folder.chmod(0)
+    try:
+        (problem,) = problems(folder, base_sections(tiny_checkpoint))
+        with pytest.raises(CheckpointError, match=r"can't be read \(Permission denied\)"):
+            import_peft(load(tiny_checkpoint), "a", folder)
+    finally:
+        folder.chmod(0o755)
+    assert "can't be read (Permission denied)" in problem
 
 
 def test_our_own_export_is_refused_on_another_base_of_the_same_shape(exported, tiny_checkpoint, tmp_path):
@@ -91,20 +119,20 @@ def test_nonsense_about_the_base_is_another_base(about, exported, tiny_checkpoin
 
 def test_a_base_without_a_known_form_is_refused(exported, tiny_checkpoint):
     sections = base_sections(tiny_checkpoint)
-    with pytest.raises(ConfigError, match=r"no PEFT form is known for 'GEMMA2'"):
-        check_import(sections["model"], {**sections["checkpointer"], "model_type": "GEMMA2"}, exported[0])
+    sections["checkpointer"] = {**sections["checkpointer"], "model_type": "GEMMA2"}
+    (problem,) = problems(exported[0], sections)
+    assert "no PEFT form is known for 'GEMMA2'" in problem
 
 
 def test_a_model_of_other_sizes_than_the_base_is_refused(exported, tiny_checkpoint):
     sections = base_sections(tiny_checkpoint, embed_dim=64)
-    with pytest.raises(ConfigError, match=r"has 64 inputs and 64 outputs, which no module of the base has"):
-        check_import(sections["model"], sections["checkpointer"], exported[0])
+    (problem,) = problems(exported[0], sections)
+    assert "has 64 inputs and 64 outputs, which no module of the base has" in problem
 
 
 @pytest.mark.parametrize("config", ["{}", "[]", '{"num_attention_heads": "4"}', '{"hidden_size": -1}'])
 def test_a_base_whose_config_says_no_sizes_is_refused(config, exported, tiny_checkpoint, tmp_path):
     base = shutil.copytree(tiny_checkpoint, tmp_path / "base")
     (base / "config.json").write_text(config)
-    sections = base_sections(base)
-    with pytest.raises(CheckpointError, match="the model's sizes can't be read"):
-        check_import(sections["model"], sections["checkpointer"], exported[0])
+    (problem,) = problems(exported[0], base_sections(base))
+    assert "the model's sizes can't be read" in problem

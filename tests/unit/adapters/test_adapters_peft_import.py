@@ -15,7 +15,7 @@ from peft.utils.other import get_pattern_key
 from peft_cases import build, hf_logits, hf_model, random_adapter, taken_out_after
 
 from personas_tune.adapters.layouts import Layout, rows_of
-from personas_tune.adapters.peft_config import PLAIN, lora_config, scale_of
+from personas_tune.adapters.peft_config import PLAIN, lora_config, match_pattern, require_plain_lora, scale_of
 from personas_tune.adapters.peft_files import read_peft
 from personas_tune.adapters.peft_form import PeftAdapter, to_peft
 from personas_tune.adapters.peft_import import from_peft
@@ -191,6 +191,28 @@ def test_ranks_and_alphas_of_patterns_are_those_of_peft(phi3):
         assert scale_of(module, rank, config) == 3
 
 
+PIECES = ["q", "a", "1", ".", r"\.", ".*", ".*", "_", "-"]
+
+
+@settings(max_examples=400)
+@given(
+    st.lists(st.sampled_from(PIECES), min_size=1, max_size=8),
+    st.sampled_from(["", "^"]),
+    st.sampled_from(["", "$"]),
+    st.text("qa1._-", min_size=1, max_size=12),
+)
+def test_patterns_are_matched_as_peft_does(pieces, begin, end, module):
+    key = f"{begin}{''.join(pieces)}{end}"
+    require_plain_lora({**PLAIN, "rank_pattern": {key: 3}}, "x")
+    assert match_pattern({key: True}, module, False) == (get_pattern_key([key], module) == key)
+
+
+def test_patterns_made_to_take_for_ever_are_matched_at_once():
+    evil = {f"{'.*o.*a.' * 20}{'.*' * 20}{number}x": 1.0 for number in range(170)}
+    require_plain_lora({**PLAIN, "alpha_pattern": evil}, "x")
+    assert match_pattern(evil, "model.layers.31.self_attn.q_proj" * 4, 2) == 2
+
+
 # Refused, with what would help
 
 SMALL = {"target_modules": ["qkv_proj", "o_proj"], "r": 4}
@@ -248,7 +270,10 @@ CONFIGS = {
     "repeated layers": ({"layer_replication": [[0, 1]]}, "it repeats the base's layers"),
     "alora": ({"alora_invocation_tokens": [5]}, "it is an activated LoRA"),
     "parameters": ({"target_parameters": ["experts.gate"]}, "it adapts single parameters"),
-    "from the future": ({"use_wonder": True}, "use_wonder is True: unknown here"),
+    "from the future": ({"use_wonder": True}, "settings unknown here: 'use_wonder'; remove them"),
+    "an endless key": ({"k" * 500_000: 1}, "settings unknown here: 'kkk"),
+    "a key of another terminal": ({"a\nb\x1b[2J": 1}, r"settings unknown here: 'a\nb\x1b[2J'; "),
+    "many keys": ({f"k{number}": 1 for number in range(50_000)}, "'k6', 'k7' and 49992 more; remove them"),
     "r as a text": ({"r": "8"}, "r is '8'; it should be a whole number"),
     "r as a truth": ({"r": True}, "r is True"),
     "huge r": ({"r": 10**12}, "r is 1000000000000"),
@@ -256,18 +281,29 @@ CONFIGS = {
     "alpha not a number": ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
     "huge alpha": ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
     "alpha below 0": ({"lora_alpha": -1}, "lora_alpha is -1"),
+    "alpha as good as 0": ({"lora_alpha": 1e-300}, "lora_alpha is 1e-300; it should be a number from 1e-6 on"),
     "ranks as a list": ({"rank_pattern": [1]}, "rank_pattern is [1]"),
     "ranks of texts": ({"rank_pattern": {"x": "y"}}, "rank_pattern is {'x': 'y'}"),
-    "endless pattern": ({"alpha_pattern": {"((a+)+)+b": 1}}, "alpha_pattern is"),
-    "endless choices": ({"alpha_pattern": {"(|)" * 40: 1}}, "alpha_pattern is"),
+    "a group": (
+        {"rank_pattern": {r"layers\.(?:0|1)\.mlp": 4}},
+        r"rank_pattern has a pattern that isn't understood, 'layers\\.(?:0|1)\\.mlp'; write modules' names",
+    ),
+    "endless pattern": ({"alpha_pattern": {"((a+)+)+b": 1}}, "alpha_pattern has a pattern that isn't understood"),
+    "endless choices": ({"alpha_pattern": {"(|)" * 40: 1}}, "alpha_pattern has a pattern that isn't understood"),
+    "a long pattern": ({"alpha_pattern": {"x" * 201: 1}}, "alpha_pattern has a pattern that isn't understood"),
+    "repeated dots": ({"alpha_pattern": {r"\.*": 1}}, "alpha_pattern has a pattern that isn't understood"),
     "many patterns": ({"alpha_pattern": {f"x{number}": 1 for number in range(2000)}}, "alpha_pattern is"),
-    "broken pattern": ({"alpha_pattern": {"(": 1}}, "alpha_pattern is"),
+    "broken pattern": ({"alpha_pattern": {"(": 1}}, "alpha_pattern has a pattern that isn't understood, '('"),
+    "many targets": ({"target_modules": ["x"] * 5000}, "target_modules is ['x', "),
+    "a target of another terminal": ({"target_modules": ["\x1b[31m"]}, r"has target_modules ['\x1b[31m']"),
     "targets of numbers": ({"target_modules": [1]}, "target_modules is [1]"),
     "base as a list": ({"base_model_name_or_path": ["a"]}, "base_model_name_or_path is ['a']"),
     "another family": ({"base_model_name_or_path": "meta-llama/Llama-3.2-1B"}, "the base here is a phi3"),
     "stated rank": ({"r": 5}, "has rank 4, adapter_config.json says 5"),
-    "other targets": ({"target_modules": ["down_proj"]}, "has target_modules down_proj"),
-    "missing targets": ({"target_modules": ["qkv_proj", "o_proj", "down_proj"]}, "lacks weights of down_proj"),
+    "rank of a pattern": ({"rank_pattern": {"qkv_proj": 3}}, "qkv_proj has rank 4, adapter_config.json says 3"),
+    "rank of another": ({"r": 3, "rank_pattern": {"qkv_proj": 4}}, "o_proj has rank 4, adapter_config.json says 3"),
+    "other targets": ({"target_modules": ["down_proj"]}, "has target_modules ['down_proj']"),
+    "missing targets": ({"target_modules": ["qkv_proj", "o_proj", "down_proj"]}, "lacks weights of 'down_proj'"),
 }  # fmt: skip
 
 
@@ -287,6 +323,7 @@ def refusal(sound, **changes):
     assert line.startswith("there: ")
     assert "; " in line
     assert len(line) < 400
+    assert line.isprintable()
     return line
 
 
@@ -326,7 +363,10 @@ WEIGHTS = {
     "wider": (lambda n, w: [(n, w.repeat(1, 2) if "lora_A" in n else w)], "has A of 4 x 64 and B of"),
     "more rows": (lambda n, w: [(n, w.repeat(2, 1) if "lora_B" in n else w)], "this base takes rank x 32 and"),
     "a number": (lambda n, w: [(n, w.sum() if "lora_A" in n else w)], "has A of one number"),
-    "integers": (lambda n, w: [(n, w.int())], "weights of type torch.int32"),
+    "nan": (lambda n, w: [(n, w * float("nan") if "lora_A" in n else w)], "lora_A.weight is not finite"),
+    "infinity": (lambda n, w: [(n, w / 0 if "lora_B" in n else w)], "lora_B.weight is not finite"),
+    "nan in bf16": (lambda n, w: [(n, (w * float("nan")).bfloat16())], "weight is not finite"),
+    "a padded layer": (lambda n, w: [(n.replace("s.1.", "s.01."), w)], "this base has no module 'model.layers.01."),
     "magnitudes": (lambda n, w: [(n, w), (n.replace("A.weight", "magnitude_vector"), w[0])], "without use_dora"),
     "twice": (
         lambda n, w: [(n, w)] + [(n.replace("qkv", "v"), w[-16:] if "lora_B" in n else w)] * ("qkv" in n),
@@ -348,6 +388,20 @@ def test_weights_of_another_base_are_refused(change, line, sound):
 def test_a_scale_that_leaves_no_finite_weight_is_refused(sound):
     weights = {name: weight * (1e38 if "lora_B" in name else 1) for name, weight in sound[0].weights.items()}
     assert "is not finite" in refusal(sound, weights=weights, config={**sound[0].config, "lora_alpha": 1e9})
+
+
+@pytest.mark.parametrize("factor", [1e-40, 1e-44, 1e-35])
+def test_a_scale_that_leaves_less_than_fp32_holds_is_refused(factor, sound):
+    weights = {name: weight * (factor if "lora_B" in name else 1) for name, weight in sound[0].weights.items()}
+    assert "fp32 can't hold its B" in refusal(sound, weights=weights, config={**sound[0].config, "lora_alpha": 1e-3})
+
+
+def test_an_adapter_of_zeros_has_any_scale(sound):
+    adapter, case = sound
+    weights = {name: weight * 0 if "lora_B" in name else weight for name, weight in adapter.weights.items()}
+    config = {**adapter.config, "lora_alpha": 3e-5}
+    zeros = from_peft(PeftAdapter(weights, config), case.layout, fresh=case.fresh, alpha=16, where="x")
+    assert not any(weight.any() for name, weight in zeros.items() if "lora_b" in name)
 
 
 def test_llama_knows_no_fused_projection(llama3, sound):

@@ -87,7 +87,7 @@ def test_shards_and_their_index_are_read(tmp_path):
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"]["one.more"] = files[0].name
     (folder / INDEX).write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"weight one\.more is in none of the files"):
+    with pytest.raises(CheckpointError, match=r"weight 'one\.more' is in none of the files"):
         check_index(folder, files, headers)
     (folder / INDEX).unlink()
     assert check_index(folder, files, headers) is None
@@ -103,7 +103,7 @@ def test_a_damaged_index_is_told_in_a_line(text, tmp_path):
 def test_two_files_with_one_weight_are_refused(tmp_path):
     for name in "ab":
         save_file({"w": torch.zeros(2)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(CheckpointError, match="weight w is in another file, too"):
+    with pytest.raises(CheckpointError, match="weight 'w' is in another file, too"):
         read_headers([tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
 
 

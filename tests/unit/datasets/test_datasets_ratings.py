@@ -8,7 +8,7 @@ from tiny import base_sections, write_experiment
 from torchtune import config as torchtune_config
 
 from personas_tune.datasets import ChatTokenizer, RatingSource, persona_rating_dataset
-from personas_tune.errors import DataError, MissingInputError, PromptError
+from personas_tune.errors import ConfigError, DataError, MissingInputError, PromptError
 from personas_tune.workspace import Workspace
 
 
@@ -68,6 +68,11 @@ def test_persona_selects_its_users(tokenizer, experiment: Workspace) -> None:
     assert sizes == [36, 18, 18]
     with pytest.raises(DataError, match="persona 9 has no sample; the personas are 0, 1"):
         persona_rating_dataset(tokenizer, source=str(experiment.root), persona=9)
+
+
+def test_packed_is_true_or_false(tokenizer, experiment: Workspace) -> None:
+    with pytest.raises(ConfigError, match=r"dataset.packed: 'false' can't be used; use true or false"):
+        persona_rating_dataset(tokenizer, source=str(experiment.root), packed="false")
 
 
 def test_packed_rows_hold_every_answer(tokenizer, experiment: Workspace) -> None:

@@ -1,4 +1,6 @@
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from tiny import base_sections
 from torch.nn.functional import cross_entropy
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from torchtune import config as torchtune_config
-from torchtune.data import padded_collate_sft
+from torchtune.data import padded_collate, padded_collate_dpo, padded_collate_sft
 from torchtune.datasets import ConcatDataset, PackedDataset
 
 from personas_tune.datasets import (
@@ -138,8 +140,8 @@ def test_every_row_is_in_one_group_of_its_name_that_is_not_too_large(
         assert len({names[index] for index in group}) == 1
         assert len(group) <= rows_per_item
         assert collate_shared_prefixes([item])["tokens"].shape[1] <= longest
-        for index, branch in zip(group, item["branches"], strict=True):
-            assert item["prefix"] + branch["tokens"] == rows[index].tokens
+        for index, branch in zip(group, item.branches, strict=True):
+            assert item.prefix + branch["tokens"] == rows[index].tokens
 
 
 def test_groups_are_as_large_as_the_limits_let_them() -> None:
@@ -167,11 +169,11 @@ def test_the_builder_groups_all_rows_of_the_plain_dataset_by_user(tokenizer: Any
     plain = persona_rating_dataset(tokenizer, source=str(experiment.root), persona=1)
     shared = persona_prefix_dataset(tokenizer, source=str(experiment.root), persona=1, rows_per_item=4)
     assert (len(plain), len(shared)) == (18, 6)  # three users with six rows
-    whole = [(item["prefix"] + b["tokens"], b["labels"][-2:]) for item in shared for b in item["branches"]]
+    whole = [(item.prefix + b["tokens"], b["labels"][-2:]) for item in shared for b in item.branches]
     assert sorted(whole) == sorted((item["tokens"], item["labels"][-2:]) for item in plain)
     profile = "I like the"
-    assert all(tokenizer.decode(item["prefix"]).count(profile) == 1 for item in shared)
-    assert not any(profile in tokenizer.decode(b["tokens"]) for item in shared for b in item["branches"])
+    assert all(tokenizer.decode(item.prefix).count(profile) == 1 for item in shared)
+    assert not any(profile in tokenizer.decode(b["tokens"]) for item in shared for b in item.branches)
 
 
 def test_rows_with_different_profiles_are_not_grouped(tokenizer: Any, experiment: Workspace) -> None:
@@ -208,21 +210,60 @@ def test_processes_share_the_items_out(tokenizer: Any, experiment: Workspace) ->
 NO_PREFIXES = "collate_fn: a collate function asks rows with a shared prefix for 'tokens'; set collate_fn="
 
 
-def test_collators_that_know_no_prefixes_are_told_apart(tokenizer: Any, experiment: Workspace) -> None:
+def test_packing_is_told_apart(tokenizer: Any, experiment: Workspace) -> None:
     shared = persona_prefix_dataset(tokenizer, source=str(experiment.root))
     with pytest.raises(ConfigError, match=NO_PREFIXES):
-        padded_collate_sft([shared[0], shared[1]])
-    with pytest.raises(ConfigError, match=NO_PREFIXES):
         PackedDataset(shared, max_seq_len=1024)
+
+
+COLLATORS = {
+    "SFT and distilling recipes": padded_collate_sft,
+    "DPO recipes": padded_collate_dpo,
+    "PPO recipe": partial(padded_collate, pad_direction="left", keys_to_pad=["tokens", "labels"], padding_idx=0),
+}
+
+
+@pytest.mark.parametrize("collate", COLLATORS.values(), ids=COLLATORS)
+def test_collators_that_know_no_prefixes_are_told_apart(collate: Callable[..., Any]) -> None:
+    items = [PrefixItem(prefix=[7, 8], branches=[labelled(TokenRow([7, 8, 9, 5], 3), 2)]) for _ in range(2)]
+    with pytest.raises(ConfigError, match="set collate_fn="):
+        collate(items)
+
+
+COUNT = "use a whole number of 1 or more"
 
 
 @pytest.mark.parametrize(
     ("keys", "line"),
     [
         ({"packed": True}, "dataset.packed: shared prefixes can't be packed; leave it out"),
-        ({"rows_per_item": 0}, "dataset.rows_per_item: 0 rows; use 1 or more"),
+        ({"rows_per_item": 0}, f"dataset.rows_per_item: 0 can't be used; {COUNT}"),
+        ({"rows_per_item": "4"}, f"dataset.rows_per_item: '4' can't be used; {COUNT}"),
+        ({"rows_per_item": 2.5}, f"dataset.rows_per_item: 2.5 can't be used; {COUNT}"),
+        ({"rows_per_item": None}, f"dataset.rows_per_item: None can't be used; {COUNT}"),
+        ({"rows_per_item": True}, f"dataset.rows_per_item: True can't be used; {COUNT}"),
+        ({"seed": -1}, "dataset.seed: -1 can't be used; use a whole number of 0 or more"),
     ],
 )
 def test_what_cannot_be_is_refused(tokenizer: Any, experiment: Workspace, keys: dict[str, Any], line: str) -> None:
     with pytest.raises(ConfigError, match=line):
         persona_prefix_dataset(tokenizer, source=str(experiment.root), **keys)
+
+
+@pytest.mark.parametrize("build", [persona_rating_dataset, persona_prefix_dataset])
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ({"memories": "all"}, "dataset.memories: 'all' can't be used; use short, long or both"),
+        ({"memories": ["short"]}, "dataset.memories: ['short'] can't be used; use short, long or both"),
+        ({"persona": "0"}, "dataset.persona: '0' can't be used; use a whole number of 0 or more"),
+        ({"split": ["train", "test"]}, "dataset.split: ['train', 'test'] can't be used; use train or test"),
+        ({"source": None}, "dataset.source: None can't be used; name the output_dir of an experiment"),
+    ],
+)
+def test_both_builders_refuse_what_they_cannot_use(
+    build: Any, tokenizer: Any, experiment: Workspace, keys: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(tokenizer, **{"source": str(experiment.root), **keys})
+    assert str(caught.value) == line

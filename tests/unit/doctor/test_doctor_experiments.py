@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tiny import base_sections, write_experiment
 
 from personas_tune import cli
 from personas_tune.config import bundled_configs
-from personas_tune.doctor import machine, memory, stages
+from personas_tune.doctor import estimates, machine, stages
 from personas_tune.workspace import open_stage
 
 
@@ -67,8 +68,8 @@ def missing_in(out):
 @pytest.mark.parametrize("name", bundled_configs())
 def test_every_bundled_config_is_examined(name, run, monkeypatch):
     # The passes of large bases take seconds; one such config is run whole below.
-    monkeypatch.setattr(memory, "training_passes", lambda *_, **__: 10**9)
-    monkeypatch.setattr(memory, "evaluation_passes", lambda *_, **__: 10**9)
+    monkeypatch.setattr(estimates, "training_passes", lambda *_, **__: 10**9)
+    monkeypatch.setattr(estimates, "evaluation_passes", lambda *_, **__: 10**9)
     text = Path(cli._bundled_file(name)).read_text(encoding="utf-8")
     device = yaml.safe_load(text).get("device", "cpu")
     large_gpu = () if device == "cpu" else ("--gpu-memory", "1000")
@@ -155,6 +156,26 @@ def test_waiting_adapters_in_cpu_memory_take_no_room(run, experiment_of, tiny_ch
     )
     sizes = [float(line.partition("adapters ")[2].split()[0]) for line in (usual, offloaded)]
     assert sizes[0] == pytest.approx(4 * sizes[1], rel=0.2)  # printed with a digit after the point
+
+
+def test_a_base_is_spread_only_where_what_is_gathered_has_room_too(run, experiment_of, tiny_checkpoint):
+    from personas_tune import config
+    from personas_tune.adapters.base_model import size_of_weights
+    from personas_tune.doctor import changes
+    from personas_tune.doctor.knobs import knobs_of
+    from personas_tune.training.memory_estimate import Memory
+
+    experiment_of(tiny_checkpoint, model={"num_layers": 30})
+    knobs, _ = knobs_of(config.load_experiment("c.yaml"), None, None, ["1", "2"])
+    network = changes.build_network(knobs.sections, knobs.dtype, recompute=False)
+    base, gathered = size_of_weights(network), changes.gathered_bytes(network)
+    assert gathered < base / 2
+    memory = Memory(base=base, adapters=0, optimizer=0, working=0, passes=100)
+    assert changes.gpus_to_spread_over(memory, knobs, base / 2 + gathered + 100) == 2
+    assert changes.gpus_to_spread_over(memory, knobs, base / 2 + gathered + 99) == 4
+    assert changes.gpus_to_spread_over(memory, knobs, gathered) is None
+    quantised = replace(knobs, sections={**knobs.sections, "model": {**knobs.sections["model"], "quantize_base": True}})
+    assert changes.gpus_to_spread_over(memory, quantised, 10**12) is None
 
 
 # Checkpoint and tokenizer
@@ -311,11 +332,89 @@ def test_a_damaged_manifest_is_no_traceback(manifest, run, experiment_of, tiny_c
     run("--config", "c.yaml")
 
 
-def test_a_recipe_that_asks_a_server_says_so(run, experiment_of, tiny_checkpoint):
+def test_the_recipes_that_ask_a_server_say_so_and_no_others():
     settings = {"distill": {"distiller": "openai", "model": "m"}, "personas": {"embedder": "lsa"},
-                "retrieval": {"embedder": "lsa"}, "device": "cuda"}  # fmt: skip
-    assert stages.needs_of(stages.RECIPES["persona_distill"], settings) == "CPU, asks m"
-    assert stages.needs_of(stages.RECIPES["persona_lora"], settings) == "device cuda"
+                "retrieval": {"embedder": "openai"}, "embedding": {"model": "e"}, "device": "cuda"}  # fmt: skip
+    told = {name: stages.needs_of(recipe, settings) for name, recipe in stages.RECIPES.items()}
+    assert told["persona_distill"] == "CPU, asks m"
+    assert told["persona_cluster"] == "CPU"
+    assert told["persona_raft"] == "CPU, asks e"
+    assert told["persona_lora"] == "device cuda"
+
+
+def finish(folder, settings=None, outputs=()):
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = {"settings": settings or {}, "outputs": dict.fromkeys(outputs, "")}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def test_an_export_is_finished_when_every_set_that_is_asked_for_is(run, experiment_of, tiny_checkpoint):
+    finish(Path("run/adapters/persona")), finish(Path("run/adapters/single")), finish(Path("run/export/single"))
+    experiment = experiment_of(tiny_checkpoint)
+
+    def told(**export):
+        Path("c.yaml").write_text(yaml.safe_dump({**experiment, "agents": {}, "export": export}), encoding="utf-8")
+        return next(line for line in section_of(run("--config", "c.yaml")[1], "stages") if "persona_export" in line)
+
+    assert told().startswith("note     persona_export: can run now")
+    assert told(sets=["single"]) == "ok       persona_export: finished (export/)"
+    assert told(adapters=["all"]) == "ok       persona_export: finished (export/)"
+    assert told(sets=["single"], format="merged").startswith("note     persona_export: can run now")
+    finish(Path("run/export/persona"))
+    assert told() == "ok       persona_export: finished (export/)"
+
+
+def test_an_imported_set_is_finished_wherever_its_folder_lies(run, experiment_of, tiny_checkpoint):
+    adapter_set = {"per": "all", "memories": "both", "peft": True}
+    finish(Path("run/adapters/x"), {"adapter_set": adapter_set})
+    experiment = experiment_of(tiny_checkpoint, adapter_sets={"x": {"per": "all", "peft": "there"}}, agents={})
+
+    def told():
+        return next(line for line in section_of(run("--config", "c.yaml")[1], "stages") if "persona_lora" in line)
+
+    assert told() == "ok       persona_lora: finished (adapters/)"
+    Path("c.yaml").write_text(yaml.safe_dump({**experiment, "adapter_sets": {"x": {"per": "all"}}}), encoding="utf-8")
+    assert told().endswith("since adapter_set.peft has changed")
+
+
+# Imported sets
+
+
+def test_an_imported_set_is_held_against_its_base_and_not_trained(run, experiment_of, tiny_checkpoint):
+    sets = {"x": {"per": "all", "peft": "lost"}}
+    experiment_of(tiny_checkpoint, adapter_sets=sets, agents={"x": {"adapters": "x"}})
+    status, out, _ = run("--config", "c.yaml")
+    assert status == 2
+    assert "  missing  adapter_sets.x.peft lost; set adapter_sets.x.peft to a folder\n" in out
+    assert not any("training" in line for line in section_of(out, "base"))
+    assert any("evaluation fits" in line for line in section_of(out, "base"))
+    Path("lost").mkdir()
+    told = section_of(run("--config", "c.yaml")[1], "base")
+    assert any(line.startswith("missing") and "adapter_config.json" in line for line in told)
+
+
+def test_a_peft_folder_that_fits_is_told(run, experiment_of, tiny_checkpoint):
+    import torch
+    from torchtune.modules.peft import get_adapter_params
+
+    from personas_tune import config
+    from personas_tune.adapters.base_model import build_on_meta
+    from personas_tune.adapters.layouts import read_layout
+    from personas_tune.adapters.peft_files import save_peft
+    from personas_tune.adapters.peft_form import to_peft
+
+    sets = {"x": {"per": "all", "peft": "peft"}}
+    experiment_of(tiny_checkpoint, adapter_sets=sets, agents={"x": {"adapters": "x"}})
+    sections = config.base_sections(config.load_experiment("c.yaml"), None)
+    shapes = get_adapter_params(build_on_meta(sections["model"], "fp32"))
+    weights = {name: torch.ones(weight.shape) for name, weight in shapes.items()}
+    layout = read_layout(sections["checkpointer"]["model_type"], tiny_checkpoint)
+    save_peft(
+        Path("peft"), to_peft(weights, layout, alpha=sections["model"]["lora_alpha"], dropout=0.0, base_model="b"), {}
+    )
+    status, out, _ = run("--config", "c.yaml")
+    assert "ok       adapter_sets.x.peft peft: 1 PEFT adapters fit the base" in out
+    assert status == 0
 
 
 def test_several_gpus_are_told_who_would_train_what(run, experiment_of, tiny_checkpoint, monkeypatch):

@@ -150,6 +150,47 @@ def test_a_gpu_is_missed_only_by_an_experiment_that_asks_for_one(monkeypatch):
     ]  # fmt: skip
 
 
+def test_a_device_that_bases_can_not_run_on_is_missing(monkeypatch):
+    assert str(machine.check_gpus("mps")[0]) == "missing  device 'mps' has not been tried; use cpu or cuda"
+    assert machine.check_gpus("gpu")[0].state == "missing"
+    give_gpus(monkeypatch, n=2)
+    assert machine.check_gpus("cuda:1", "bf16")[0].state == "ok"
+    (finding,) = machine.check_gpus("cuda:7", "bf16")
+    assert str(finding) == "missing  no device 'cuda:7' among the 2 GPUs here; set device=cuda"
+    assert [device.name for device in doctor._devices("cuda:1", None)] == ["GPU 1 H200"]
+    assert doctor._devices("cuda:7", None) == []
+
+
+def write_files(root, **files):
+    for name, text in files.items():
+        path = root / name.replace("__", "/").replace("_dot_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="ascii")
+
+
+def test_a_container_s_limit_counts_where_it_leaves_less(tmp_path):
+    write_files(tmp_path, proc__meminfo="MemTotal: 9 kB\nMemAvailable:    5000 kB\n")
+    assert machine.main_memory(tmp_path).free == 5_120_000
+    limits = {"sys__fs__cgroup__memory_dot_max": "3000000\n", "sys__fs__cgroup__memory_dot_current": "2000000\n"}
+    write_files(tmp_path, **limits, sys__fs__cgroup__memory_dot_stat="anon 1500000\ninactive_file 500000\n")
+    assert machine.main_memory(tmp_path).free == 1_500_000
+    write_files(tmp_path, sys__fs__cgroup__memory_dot_max="max\n")
+    assert machine.main_memory(tmp_path).free == 5_120_000
+    older = tmp_path / "sys/fs/cgroup/memory"
+    older.mkdir()
+    for name, text in (("limit_in_bytes", "900"), ("usage_in_bytes", "1000"), ("stat", "total_inactive_file 0")):
+        (older / f"memory.{name}").write_text(text, encoding="ascii")
+    assert machine.main_memory(tmp_path).free == 0
+    assert machine.main_memory(tmp_path / "nowhere") is None
+
+
+def test_what_needs_a_config_is_refused_without_one(run):
+    for arguments in (["--gpu-memory", "24"], ["gibberish"], ["batch_size=1"]):
+        status, out, err = run(*arguments)
+        assert (status, out) == (2, "")
+        assert err == f"error: {arguments[0]}: says nothing without a config; add --config NAME\n"
+
+
 def give_gpus(monkeypatch, free=70e9, capability=(9, 0), n=1):
     """GPUs as torch would tell of them; there is none here."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

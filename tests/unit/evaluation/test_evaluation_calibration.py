@@ -1,12 +1,20 @@
 """Calibration sees an agent's distribution only, and mends what is wrong with it everywhere alike."""
 
+import json
+
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 from personas_tune.errors import EvaluationError
-from personas_tune.evaluation.calibration import calibrate
+from personas_tune.evaluation.calibration import Calibration, fit_calibration
 
 LABELS = [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def calibrate(p_train, ratings, users, p, labels):
+    return fit_calibration(p_train, ratings, users, labels).apply(p)
 
 
 def drawn(seed, n):
@@ -82,3 +90,44 @@ def test_ratings_that_rounding_moved_are_the_label_that_they_are_near():
     p, ratings, users = drawn(8, 200)
     moved = np.nextafter(ratings, 9)
     np.testing.assert_array_equal(calibrate(p, moved, users, p, LABELS), calibrate(p, ratings, users, p, LABELS))
+
+
+@pytest.mark.parametrize("seen", [LABELS, [1.0, 3.0, 5.0], [2.0, 4.0]], ids=str)
+def test_what_is_kept_says_to_the_last_bit_what_scikit_learn_says(seen):
+    p, ratings, users = drawn(4, 400)
+    kept = np.isin(ratings, seen)
+    users = [user for user, each in zip(users, kept, strict=True) if each]
+    fitted = fit_calibration(p[kept], ratings[kept], users, LABELS)
+    again = Calibration.of(json.loads(json.dumps(fitted.record)), LABELS)
+    np.testing.assert_array_equal(again.apply(p), fitted.apply(p))
+    scaled = StandardScaler().fit(np.log(np.maximum(p[kept], 1e-6)))
+    told = []
+    for penalty in (0.001, 0.01, 0.1, 1.0, 10.0):  # one of which was chosen
+        peer = LogisticRegression(C=penalty, max_iter=1000)
+        peer.fit(scaled.transform(np.log(np.maximum(p[kept], 1e-6))), np.searchsorted(LABELS, ratings[kept]))
+        told.append(peer.predict_proba(scaled.transform(np.log(np.maximum(p, 1e-6)))))
+    mine = fitted.apply(p)[:, fitted.seen]
+    assert min(np.abs(mine - each).max() for each in told) <= 1e-12
+    assert fitted.apply(p[:0]).shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": [1, 2]},
+        {"mean": None},
+        {"seen": [0]},
+        {"seen": [0, 1, 2, 3, 9]},
+        {"intercepts": [0.0]},
+        {"scale": "x"},
+    ],
+    ids=str,
+)
+def test_what_is_no_calibration_of_these_labels_is_refused(change):
+    p, ratings, users = drawn(5, 400)
+    record = fit_calibration(p, ratings, users, LABELS).record
+    with pytest.raises(ValueError, match=r"no calibration|other labels"):
+        Calibration.of({**record, **change}, LABELS)
+    del record["mean"]
+    with pytest.raises(ValueError, match="no calibration"):
+        Calibration.of(record, LABELS)

@@ -14,9 +14,12 @@ MEASURED = (
     Measured("persona", "expected", "1", 80, 0.9, 0.7, 0.25),
     Measured("told", "generate", None, 300, None, None, 1.0),
 )
-FACTS = Facts({"epochs": "2", "seed": "42"}, False, "ab" * 32, Persona(15, ("+war", "-drama")), MEASURED)
+FACTS = Facts(
+    {"epochs": "2", "seed": "42"}, dataset="movielens", data_sha256="ab" * 32,
+    persona=Persona(15, ("+war", "-drama")), measured=MEASURED,
+)  # fmt: skip
 SUBJECT = CardSubject(
-    name="persona-1", form="peft", base="microsoft/Phi-3-mini-4k-instruct", dataset="movielens",
+    name="persona-1", form="peft", base="microsoft/Phi-3-mini-4k-instruct",
     license=License("mit"), rank=512, scale=0.125, dtype="fp32", is_dora=False,
     command="vllm serve BASE --enable-lora --lora-modules persona-1=PATH", notes=["Its rank was cut."],
 )  # fmt: skip
@@ -55,6 +58,21 @@ def test_the_text_tells_a_reader_what_it_is_and_how_it_is_loaded(tmp_path):
         assert said in text, said
 
 
+def test_figures_of_something_else_are_no_results_of_this_file(tmp_path):
+    card = card_of(tmp_path, measured_as=["before its rank was cut", "on the base in 4 bits"])
+    assert card.data.eval_results is None
+    told = card.text.partition("## Figures")[2]
+    assert told.index("Measured before its rank was cut, on the base in 4 bits") < told.index("| agent | readout |")
+
+
+def test_a_base_without_an_owner_is_no_model_of_the_hub(tmp_path):
+    card = card_of(tmp_path, base="tiny_phi3")
+    assert card.data.base_model is None
+    assert "base_model_relation" not in card.data.to_dict()
+    assert 'from_pretrained("BASE")' in card.text
+    assert "`BASE` is the folder of tiny_phi3." in card.text
+
+
 def test_a_merged_checkpoint_is_a_model_of_its_own(tmp_path):
     card = card_of(tmp_path, form="merged", rank=None, is_dora=True, dtype="bf16")
     assert card.data.library_name == "transformers"
@@ -65,11 +83,11 @@ def test_a_merged_checkpoint_is_a_model_of_its_own(tmp_path):
 
 
 def test_what_is_unknown_is_said_or_left_out(tmp_path):
-    card = card_of(tmp_path, Facts({}, False, None, None, ()), license=None, command=None, notes=())
+    card = card_of(tmp_path, Facts({}), license=None, command=None, notes=())
     assert card.data.license == "other"
     assert card.data.eval_results is None
     assert "The base states no licence" in card.text
-    assert "No agent" in card.text or "no agent with this adapter has been measured" in card.text
+    assert "no agent with this adapter has been measured" in card.text
     assert "## Persona" not in card.text
     assert "vLLM doesn't serve it in this form" in card.text
 
@@ -82,7 +100,7 @@ def test_equal_facts_give_equal_bytes(form, tmp_path):
 
 
 def test_an_imported_adapter_is_not_claimed(tmp_path):
-    text = card_of(tmp_path, Facts({"trained": "elsewhere"}, True, None, None, ())).text
+    text = card_of(tmp_path, Facts({"trained": "elsewhere"}, is_imported=True)).text
     assert "trained by" not in text
     assert "the terms under which it came hold" in text
     assert "sha256" not in text

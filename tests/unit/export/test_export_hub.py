@@ -34,6 +34,14 @@ def test_a_folder_is_uploaded_to_a_private_repository(folder, hub):
     assert hub.files["me/agents-0"]["adapter_config.json"] == b'{"r": 1}'
 
 
+def test_a_repository_then_holds_what_the_folder_holds_and_nothing_else(folder, hub):
+    push(folder)
+    (folder / "adapter_config.json").unlink()
+    (folder / "model.safetensors").write_bytes(b"merged")
+    push(folder)
+    assert sorted(hub.files["me/agents-0"]) == ["README.md", "model.safetensors"]
+
+
 def test_a_public_one_is_asked_for(folder, hub):
     push(folder, private=False)
     assert hub.repositories == {"me/agents-0": False}

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from personas_tune.adapters.base_weights import weight_files, weight_reader
 from personas_tune.errors import CheckpointError
-from personas_tune.export.base_weights import weight_files, weight_reader
 from personas_tune.export.forms import convert
 from personas_tune.export.merging import INDEX, merge_checkpoint
 
@@ -70,12 +70,16 @@ def test_shards_index_and_files_are_the_bases(name, tmp_path):
     (adapted.base / "LICENSE").write_text("terms")
     (adapted.base / "README.md").write_text("the base's own card")
     (adapted.base / ".cache").write_text("hidden")
+    (adapted.base / "adapter_config.json").write_text("{}")  # would be loaded in the place of the model
+    (adapted.base / "notes.txt").write_text("my own")
+    (adapted.base / "additional_chat_templates").mkdir()
+    (adapted.base / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
     (adapted.base / "original").mkdir()
     (adapted.base / "original" / "consolidated.00.pth").write_bytes(b"no")
     written = merge(adapted, tmp_path / "merged")
     merged = tmp_path / "merged"
-    assert sorted(written) == sorted(path.name for path in merged.iterdir())
-    left_out = {"README.md", ".cache", "original"}
+    assert sorted(written) == sorted(str(path.relative_to(merged)) for path in merged.rglob("*") if path.is_file())
+    left_out = {"README.md", ".cache", "original", "adapter_config.json", "notes.txt"}
     assert {path.name for path in merged.iterdir()} == {path.name for path in adapted.base.iterdir()} - left_out
     assert json.loads((merged / INDEX).read_text()) == json.loads((adapted.base / INDEX).read_text())
     assert (merged / "config.json").read_bytes() == (adapted.base / "config.json").read_bytes()

@@ -8,7 +8,7 @@ import pytest
 from llm_calls import Chains, attempt, call, completion, error, run, scripted_server, steps, totals, users
 
 from personas_tune.errors import JournalError, ServerError
-from personas_tune.llm import asking
+from personas_tune.llm import sending
 from personas_tune.llm.budget import Budget
 from personas_tune.llm.calls import Call, Chain
 from personas_tune.llm.journal import Journal
@@ -221,7 +221,7 @@ def test_a_pause_of_no_time_is_none(path, monkeypatch):
         n_drawn += 1
         return 0.0
 
-    monkeypatch.setattr(asking, "backoff_s", drawn)
+    monkeypatch.setattr(sending, "backoff_s", drawn)
     with scripted_server(error(429, retry_after="0"), error(503, retry_after_ms="1"), OK) as server:
         assert run(path, server.base_url, users(1), max_retries=2) == {}
     assert n_drawn == 1

@@ -1,5 +1,6 @@
 """The training benchmark in small: every peer takes part, and a peer that computes something else stops it."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +72,16 @@ def test_peak_memory_is_the_most_that_new_tensors_held_at_a_time(benchmark: Any)
 
     _, peak = machine.with_peak_bytes(run, compiled=False)
     assert 8000 <= peak <= 8100  # kept, and one sum at a time
+
+
+@pytest.mark.slow
+def test_the_stock_prefix_benchmark_shows_losses_and_gradients_equal_and_times_all_kinds() -> None:
+    command = [sys.executable, BENCHMARKS / "stock_prefix.py", "--quick", "--batch-sizes", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    differences = re.findall(r"loss and gradients differ from those of rows by (\S+)", done.stdout)
+    assert len(differences) == 2
+    assert all(float(difference) <= 1e-5 for difference in differences)
+    table = done.stdout.split("/ best", 1)[1]
+    for kind in ("rows", "packs of 2", "ours, N=4"):
+        assert "batch 2" in line_of(table, kind)

@@ -6,7 +6,6 @@ import resource
 import shutil
 import signal
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 
 import pytest
@@ -18,7 +17,7 @@ from small_training import N_STEPS, SETTINGS, small_model, small_training
 from test_training_state import assert_same
 
 from personas_tune.errors import CheckpointError, MissingInputError
-from personas_tune.training import stopping
+from personas_tune.training import parts, stopping
 from personas_tune.training.checkpoints import (
     MARKER,
     Checkpoints,
@@ -27,8 +26,9 @@ from personas_tune.training.checkpoints import (
     checkpoint_folder,
     read_checkpoint,
 )
-from personas_tune.training.state import job_state, process_state, restore_job
+from personas_tune.training.state import process_state
 from personas_tune.training.stopping import stop_requests
+from personas_tune.training.teams import Team
 
 ORIGIN = Origin(
     adapter_set="set",
@@ -40,13 +40,7 @@ ORIGIN = Origin(
 
 
 def parts_of(training):
-    return [
-        *(
-            Part(f"adapter_{job.name[-1]}", partial(job_state, training.bank, job), job.steps_done)
-            for job in training.jobs
-        ),
-        Part("process_0", process_state),
-    ]
+    return parts.parts_of(training.bank, training.jobs, Team(), rank=0)
 
 
 def save_every_step(training, checkpoints):
@@ -57,8 +51,7 @@ def save_every_step(training, checkpoints):
 def resumed(checkpoint, settings=SETTINGS, model=None):
     """A training built anew and put where the checkpoint stands."""
     training = small_training(settings, model=model)
-    for job in training.jobs:
-        restore_job(training.bank, job, checkpoint.read(f"adapter_{job.name[-1]}"))
+    parts.restore_parts(training.bank, training.jobs, Team(), 0, checkpoint)
     return training
 
 
@@ -170,10 +163,30 @@ def test_a_resumed_training_keeps_the_one_that_it_came_from(folder):
     assert sorted(path.name for path in folder.iterdir()) == ["step_4", "step_5"]
 
 
+def test_without_a_checkpoint_to_keep_none_is_written(tmp_path):
+    Checkpoints(tmp_path / "c", ORIGIN, 0).save(1, parts_of(small_training()))
+    assert not (tmp_path / "c").exists()
+
+
+def test_whoever_follows_a_leader_keeps_its_own_random_stream_only(tmp_path):
+    training, team = small_training(), Team((3, 5), 5)
+    next(iter(training.steps()))
+    mine = parts.parts_of(training.bank, training.jobs, team, rank=5)
+    assert [part.name for part in mine] == ["process_5", "adapter_0_stream_1", "adapter_1_stream_1"]
+    checkpoints = Checkpoints(tmp_path / "c", ORIGIN, 2)
+    checkpoints.save(1, [*mine, *parts_of(training)])
+    found, _ = checkpoints.find("last")
+    again = small_training()
+    parts.restore_parts(again.bank, again.jobs, team, 5, found)
+    assert [job.steps_done for job in again.jobs] == [1, 0]
+    assert_same(again.bank["set/0"].rng, training.bank["set/0"].rng)
+    assert not again.jobs[0].optimizer.state_dict()["state"]
+
+
 def test_several_processes_each_write_their_own_parts(tmp_path, unbroken):
     training = small_training()
     list(islice(training.steps(), 9))
-    zero, one, process = parts_of(training)
+    process, zero, one = parts_of(training)
     shares = [[zero, process], [one, replace(process, name="process_1")]]
 
     def save(processes):

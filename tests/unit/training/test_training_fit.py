@@ -11,7 +11,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from personas_tune.adapters.bank import AdapterBank
-from personas_tune.training.fit import TrainingSettings, check_first_group, put_to_wait, train_steps
+from personas_tune.training import fit
+from personas_tune.training.fit import TrainingSettings, check_first_group, put_to_wait, settle_sharing, train_steps
+from personas_tune.training.schedule import Progress
+from personas_tune.training.self_check import SharingCheck
 
 ORDERS = {
     "one_by_one": ["set/0"] * 8 + ["set/1"] * 4,
@@ -88,6 +91,29 @@ def test_looking_whether_prefixes_may_be_shared_changes_no_bit_and_finds_the_sam
     assert_same(training.to_the_end(), small_training().to_the_end())
     again = small_training()
     assert check_first_group(again.model, again.bank, again.jobs, nn.CrossEntropyLoss(), SETTINGS, 0) == found
+
+
+def settled(settings, training):
+    return settle_sharing(training.model, training.bank, training.jobs, nn.CrossEntropyLoss(), settings, 0)
+
+
+def test_sharing_stays_on_only_where_it_gives_the_same_gradients(monkeypatch):
+    assert settled(SETTINGS, small_training()) == SETTINGS
+    monkeypatch.setattr(fit, "check_first_group", lambda *_: SharingCheck(4, difference=0.5, tolerance=0.1))
+    with pytest.warns(UserWarning, match=r"4 rows differ .*; training goes on without sharing"):
+        assert settled(SETTINGS, small_training()) == replace(SETTINGS, prefix_sharing="off")
+    off = replace(SETTINGS, prefix_sharing="off")
+    assert settled(off, small_training()) is off
+
+
+def test_a_finished_job_says_what_it_was_trained_on():
+    training = small_training()
+    training.to_the_end()
+    first = training.jobs[0]
+    assert first.adapter == "0"
+    assert first.record == {"rows": 14, "steps": 8, "validation_losses": first.validation_losses}
+    assert len(first.validation_losses) == 2
+    assert SETTINGS.progress(14, 8) == Progress(steps_done=8, n_steps=8, steps_per_epoch=4)
 
 
 def test_reports_count_steps_epochs_and_rows_and_carry_the_validation_loss():

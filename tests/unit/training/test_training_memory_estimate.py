@@ -1,7 +1,11 @@
 """Memory that is foretold without numbers, beside what torch's own CPU allocator is asked for in the same passes."""
 
 import gc
+import importlib.util
+import sys
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,12 +13,16 @@ from torch import nn
 
 from personas_tune.adapters.bank import AdapterBank
 from personas_tune.adapters.base_model import build_on_meta, size_of_weights
+from personas_tune.training import live_bytes
+from personas_tune.training.batches import plan_prompts
 from personas_tune.training.live_bytes import LiveBytes, peak_of
 from personas_tune.training.memory_estimate import (
     evaluation_groups,
     evaluation_passes,
+    gathered_bytes,
     held_memory,
     optimizer_state_bytes,
+    optimizer_step_bytes,
     predict_once,
     train_once,
     training_passes,
@@ -154,6 +162,15 @@ def test_a_quantised_base_is_counted_with_its_factors():
     assert training_passes(meta, **passes) > training_passes(build_on_meta(plain, "bf16"), **passes)
 
 
+def test_weights_of_one_shape_are_dequantised_once_and_count_each_time(monkeypatch):
+    model = {**section(num_kv_heads=4, lora_dropout=0.0), "quantize_base": True}
+    passes = {"batch_size": 2, "rows_per_user": 4, "n_tokens": 64, "share": True, "loss_fn": LOSS}
+    quickly = training_passes(build_on_meta(model, "bf16"), **passes)
+    monkeypatch.setattr(live_bytes, "_dequantised_once", nullcontext)
+    monkeypatch.setattr(live_bytes, "_ELEMENTWISE", ())
+    assert training_passes(build_on_meta(model, "bf16"), **passes) == quickly
+
+
 @pytest.mark.parametrize(
     ("optimizer", "n_bytes_a_weight"),
     [
@@ -165,6 +182,50 @@ def test_a_quantised_base_is_counted_with_its_factors():
 )
 def test_an_optimizers_state_is_found_by_a_step(optimizer, n_bytes_a_weight):
     assert optimizer_state_bytes(optimizer) == n_bytes_a_weight
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(torch.optim.AdamW, foreach=True),
+        partial(torch.optim.AdamW, foreach=False),
+        partial(torch.optim.AdamW, foreach=True, amsgrad=True, weight_decay=0.1),
+        partial(torch.optim.SGD, foreach=True, lr=1, momentum=0.9),
+    ],
+)
+def test_an_optimizers_step_holds_what_is_foretold(make):
+    real, meta = real_and_meta(section(apply_lora_to_mlp=True))
+    weights = [nn.Parameter(weight.detach().clone()) for weight in real.parameters() if weight.requires_grad]
+    optimizer = make(weights)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    foretold = optimizer_step_bytes(meta, make, on_gpu=True)
+    assert foretold == pytest.approx(allocated_by(optimizer.step), rel=0.03, abs=2000)
+
+
+def test_on_a_gpu_an_optimizer_steps_on_all_weights_at_once():
+    _, meta = real_and_meta(section(apply_lora_to_mlp=True))
+    at_once = optimizer_step_bytes(meta, torch.optim.AdamW, on_gpu=True)
+    assert at_once == optimizer_step_bytes(meta, partial(torch.optim.AdamW, foreach=True), on_gpu=False)
+    assert at_once > 4 * optimizer_step_bytes(meta, torch.optim.AdamW, on_gpu=False)
+    assert at_once >= 4 * AdapterBank(meta).n_parameters
+
+
+def test_what_is_gathered_of_a_base_is_two_layers_and_what_lies_outside():
+    network = build_on_meta(section(), "bf16")
+    of_layers = [n_bytes(w for name, w in layer.named_parameters() if "lora" not in name) for layer in network.layers]
+    outside = n_bytes([network.tok_embeddings.weight, network.output.weight, network.norm.scale])
+    assert gathered_bytes(network) == sum(of_layers) + outside == size_of_weights(network)  # it has two layers
+    deeper = build_on_meta(section(num_layers=5), "bf16")
+    assert gathered_bytes(deeper) == gathered_bytes(network)
+
+
+def test_prompts_are_read_as_the_evaluation_reads_them():
+    for groups, per_pass in evaluation_groups(900, 96, ANSWERS):
+        prompts = [rows[0].prompt for group in groups for rows in group]
+        ((planned, n),) = plan_prompts(prompts, sum(map(len, ANSWERS)), 900)
+        assert n == per_pass
+        assert sorted(map(len, planned)) == sorted(map(len, groups))
 
 
 def test_more_rows_and_more_tokens_take_more_and_recomputing_less():
@@ -194,3 +255,19 @@ def test_a_storage_counts_once_and_until_it_is_let_go():
         assert (live.now, live.peak) == (0, 80)
         torch.zeros(5)  # elsewhere
         assert live.peak == 80
+
+
+def test_the_benchmark_that_predicts_memory_counts_as_the_estimate_does(monkeypatch, capsys):
+    path = Path(__file__).parents[3] / "benchmarks" / "predicted.py"
+    spec = importlib.util.spec_from_file_location("predicted", path)
+    predicted = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "predicted", predicted)
+    spec.loader.exec_module(predicted)
+    small = "--dim 128 --layers 2 --ffn 256 --vocab 400 --heads 4 --rank 16 --prefix 72 --branch 24 --dtype fp32"
+    monkeypatch.setattr(sys, "argv", ["predicted.py", *small.split(), "--rows-per-user", "4", "--gpus", "1"])
+    predicted.main()
+    _, recomputed, kept = capsys.readouterr().out.splitlines()
+    meta = build_on_meta(section(num_kv_heads=4, lora_dropout=0.0, max_seq_len=4096), "fp32")
+    passes = training_passes(meta, batch_size=2, rows_per_user=4, n_tokens=96, share=True, loss_fn=LOSS)
+    assert kept.split()[6] == f"{passes / 1e6:.0f}"
+    assert int(recomputed.split()[6]) <= int(kept.split()[6])

@@ -15,7 +15,7 @@ from torch import nn
 from personas_tune.adapters.bank import AdapterBank
 from personas_tune.processes import Processes
 from personas_tune.training.fit import AdapterJob, train_steps, validation_loss
-from personas_tune.training.teams import Place, Team, form_team, place_adapters
+from personas_tune.training.teams import Place, Team, form_team, place_adapters, shared_adapters
 
 sizes = st.lists(st.integers(1, 50), min_size=1, max_size=6)
 
@@ -54,6 +54,14 @@ def test_processes_left_over_go_where_they_help_most(n_rows, n_left):
     size_of = {place.adapters[0]: len(place.ranks) for place in place_adapters(n_rows, n_processes, "auto")}
     ways = [way for way in product(range(1, n_left + 2), repeat=len(n_rows)) if sum(way) == n_processes]
     assert rows_per_process([size_of[index] for index in range(len(n_rows))]) == min(map(rows_per_process, ways))
+
+
+def test_adapters_of_several_processes_are_named_with_their_number():
+    places = place_adapters([9, 3], 4, "auto")
+    assert shared_adapters(places, ["0", "1"], in_step=False) == {"0": "3"}
+    assert shared_adapters(place_adapters([9, 3], 2, "fsdp"), ["0", "1"], in_step=True) == {
+        "0": "2 in step", "1": "2 in step",
+    }  # fmt: skip
 
 
 @given(st.integers(1, 8), st.integers(0, 40))

@@ -87,5 +87,5 @@ def missing_weight(name: str, files: Sequence[Path]) -> CheckpointError:
     return CheckpointError(
         f"the base has no weight {name}, which the adapter changes",
         where=str(files[0].parent),
-        remedy="export with the base that the adapter was trained on",
+        remedy="take the base that the adapter was trained on",
     )
