@@ -166,9 +166,18 @@ def build_on_meta(model: Mapping[str, Any], dtype: str, *, enable_activation_che
     """
     with training.set_default_dtype(training.get_dtype(dtype, device=torch.device("cpu"))), torch.device("meta"):
         network: nn.Module = _instantiate(model, "model")
+    _give_positions_shapes(network)
     if enable_activation_checkpointing:
         _recompute_layers(network)
     return network
+
+
+def _give_positions_shapes(network: nn.Module) -> None:
+    """Tables of positions that torchtune fills from real numbers only (Llama 3.2's): made, and then let go of."""
+    for module in network.modules():
+        if getattr(module, "is_cache_built", True) is False:
+            module.rope_init()  # type: ignore[operator]
+            module.to("meta")
 
 
 def _recompute_layers(network: nn.Module) -> None:

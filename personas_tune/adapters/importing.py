@@ -198,14 +198,17 @@ def _require_folder(folder: Path, names: list[str], per: str, where: str) -> Non
     with _os_errors_in_a_line(folder):
         if folder.is_dir():
             return
+        root = folder.parent
         if per == "all":
-            remedy = "set it to a folder with adapter_config.json"
-        elif (folder.parent / PEFT_CONFIG).is_file():
+            missing, remedy = folder, "set it to a folder with adapter_config.json"
+        elif (root / PEFT_CONFIG).is_file():
             listed = ", ".join(names)
             remedy = f"with per: persona it holds a PEFT folder per persona ({listed}); set per: all for one adapter"
+            missing = root
         else:
             remedy = f"it should hold a PEFT folder for each of the personas {', '.join(names)}"
-        raise MissingInputError("PEFT folder not found", where=f"{where} ({folder})", remedy=remedy)
+            missing = folder if any((root / name).is_dir() for name in names) else root  # said once if all are missing
+        raise MissingInputError("PEFT folder not found", where=f"{where} ({missing})", remedy=remedy)
 
 
 def _require_same_weights(peft: PeftAdapter, checkpoint_dir: Path, where: str) -> None:

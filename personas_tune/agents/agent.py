@@ -92,6 +92,9 @@ class Agent:
         """Close an agent of a server, which then rates nothing more; again, or for one in this process, do nothing."""
         self._close()
 
+    def __repr__(self) -> str:
+        return f"<{self._where}, {len(self._rated)} users>"
+
     @property
     def name(self) -> str:
         """Its name under ``agents``."""
@@ -171,7 +174,7 @@ class Agent:
             by_template: Use the template distiller though another one wrote the cohort's texts.
 
         Raises:
-            DataError: If an item isn't known or rated twice, or anything given isn't of its kind.
+            DataError: If an item isn't known or rated twice, nothing is given, or anything isn't of its kind.
             PromptError: If a rating is off the scale.
             DistillError: If the template distiller would have to write what it may not.
             ClusteringError: If the profile has no word that the personas' embedder knows.
@@ -183,6 +186,8 @@ class Agent:
         rated = [(self._known_item(item), float(rating)) for item, rating in given]
         self._require_rated_once([item_id for item_id, _ in rated])
         tiers = require_tiers(tiers)
+        if not rated and profile is None:
+            raise DataError("nothing is known of the user", where="ratings", remedy="give a few, or profile=...")
         if self._past.names_neighbours and not rated:
             raise DataError("no rating to find like-minded users by", where="ratings", remedy="give one or more")
         user_id = self._free_id()

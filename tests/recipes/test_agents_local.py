@@ -405,6 +405,7 @@ def test_mistaken_users_items_and_ratings_are_told_in_one_line(persona, csv_run)
         (meet((item, None)), DataError, "rating None is no number"),
         (meet(item, 5), DataError, "it is no pair; give [(item, rating), ...]"),
         (meet((item, 3), (item, 4)), DataError, "rated twice"),
+        (meet(), DataError, "nothing is known of the user; give a few, or profile=..."),
         (meet((item, 3), memories=[]), DistillError, "0 memories of 1 ratings"),
         (meet((item, 3), memories="x"), DataError, "memories is no list"),
         (meet((item, 3), memories=[None]), DataError, "None is no text"),

@@ -145,7 +145,11 @@ REFUSED = {
     ),
     "one adapter for all personas": (
         ["adapter_sets.x={per: persona, peft: ROOT/adapters/single/all}"],
-        ["all/0): PEFT folder not found; with per: persona it holds a PEFT folder per persona", "all/1)"],
+        ["all): PEFT folder not found; with per: persona it holds a PEFT folder per persona"],
+    ),
+    "no folder at all": (
+        ["adapter_sets.x={per: persona, peft: gone}"],
+        ["gone): PEFT folder not found; it should hold a PEFT folder for each of the personas 0, 1"],
     ),
     "no adapter in it": (
         ["adapter_sets.x={per: all, peft: ROOT/adapters/persona}"],

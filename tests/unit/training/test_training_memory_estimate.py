@@ -41,6 +41,7 @@ KINDS = {
     "phi3": {},
     "phi3 dora on all": {"use_dora": True, "apply_lora_to_mlp": True},
     "llama3": {"_component_": "torchtune.models.llama3.lora_llama3"},
+    "llama3_2": {"_component_": "torchtune.models.llama3_2.lora_llama3_2"},
     "qwen2 tied": {"_component_": "torchtune.models.qwen2.lora_qwen2", "tie_word_embeddings": True},
 }
 ANSWERS = [[n, 9] for n in range(5)]
