@@ -1,7 +1,6 @@
 """PEFT folders as adapters of a bank, and as whole sets."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,7 @@ def check_imports(
     for folder in folders.values():
         try:
             _require_folder(folder, list(folders), per, where)
-            _fit(_read(folder), str(folder), network, room, *base, read)
+            _fit(read_peft(folder), str(folder), network, room, *base, read)
         except PersonasTuneError as error:
             problems[str(error)] = error
     return list(problems.values())
@@ -107,7 +106,7 @@ def import_set(
     """
     others: list[str | None] = []
     for adapter, folder in folders.items():
-        name, peft = f"{set_name}/{adapter}", _read(folder)
+        name, peft = f"{set_name}/{adapter}", read_peft(folder)
         weights = _add(base, name, peft, str(folder), seed, base_weight).state_dict()
         save(adapter, weights, imported_from=str(folder), trained_on=_stated_base(peft))
         base.bank.remove(name)
@@ -133,7 +132,7 @@ def import_peft(
         AdapterError: If the adapter doesn't fit; names the setting that would help, where one would.
         ConfigError: If no PEFT form is known for this kind of base.
     """
-    return _add(base, name, _read(folder), str(folder), seed, base_weight)
+    return _add(base, name, read_peft(folder), str(folder), seed, base_weight)
 
 
 def other_base(peft: PeftAdapter, checkpoint_dir: Path) -> str | None:
@@ -176,39 +175,29 @@ def _fit(
     return weights
 
 
-def _read(folder: Path) -> PeftAdapter:
-    with _os_errors_in_a_line(folder):
-        return read_peft(folder)
-
-
-@contextmanager
-def _os_errors_in_a_line(folder: Path) -> Iterator[None]:
-    """Tell a path that is too long, or may not be read, as any other mistake."""
+def _require_folder(folder: Path, names: list[str], per: str, where: str) -> None:
     try:
-        yield
-    except OSError as error:
+        if folder.is_dir():
+            return
+        missing, remedy = _lack_of(folder, names, per)
+    except OSError as error:  # a path that is too long, or may not be looked into
         raise CheckpointError(
             f"PEFT folder can't be read ({error.strerror})",
             where=str(folder),
             remedy="check the path, and who may read it",
         ) from error
+    raise MissingInputError("PEFT folder not found", where=f"{where} ({missing})", remedy=remedy)
 
 
-def _require_folder(folder: Path, names: list[str], per: str, where: str) -> None:
-    with _os_errors_in_a_line(folder):
-        if folder.is_dir():
-            return
-        root = folder.parent
-        if per == "all":
-            missing, remedy = folder, "set it to a folder with adapter_config.json"
-        elif (root / PEFT_CONFIG).is_file():
-            listed = ", ".join(names)
-            remedy = f"with per: persona it holds a PEFT folder per persona ({listed}); set per: all for one adapter"
-            missing = root
-        else:
-            remedy = f"it should hold a PEFT folder for each of the personas {', '.join(names)}"
-            missing = folder if any((root / name).is_dir() for name in names) else root  # said once if all are missing
-        raise MissingInputError("PEFT folder not found", where=f"{where} ({missing})", remedy=remedy)
+def _lack_of(folder: Path, names: list[str], per: str) -> tuple[Path, str]:
+    """Which folder to name as missing (once, if those of all personas are), and what would help."""
+    root, listed = folder.parent, ", ".join(names)
+    if per == "all":
+        return folder, "set it to a folder with adapter_config.json"
+    if (root / PEFT_CONFIG).is_file():
+        return root, f"with per: persona it holds a PEFT folder per persona ({listed}); set per: all for one adapter"
+    some = any((root / name).is_dir() for name in names)
+    return folder if some else root, f"it should hold a PEFT folder for each of the personas {listed}"
 
 
 def _require_same_weights(peft: PeftAdapter, checkpoint_dir: Path, where: str) -> None:

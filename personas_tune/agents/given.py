@@ -95,7 +95,7 @@ def require_ratings(ratings: Sequence[tuple[Any, Any]], labels: Sequence[str]) -
     for item, rating in ratings:
         if not _is_number(rating):
             raise DataError(f"rating {rating!r} is no number", where=f"item {item!r}", remedy="give one of the scale")
-        label_of(float(rating), labels)
+        label_of(float(rating), labels, where="ratings")
 
 
 def require_tiers(tiers: object) -> Tiers:

@@ -143,8 +143,13 @@ def fit_prompt(parts: PromptParts, fits: Callable[[PromptParts], bool], *, where
     )
 
 
-def label_of(rating: float, labels: Sequence[str]) -> str:
+def label_of(rating: float, labels: Sequence[str], where: str = "samples") -> str:
     """The label that stands for a rating, such as "4" for 4.0 and "3.5" for 3.5.
+
+    Args:
+        rating: On the scale.
+        labels: Those of the scale.
+        where: What it comes from, for the error.
 
     Raises:
         PromptError: If the rating is not on the scale.
@@ -152,6 +157,6 @@ def label_of(rating: float, labels: Sequence[str]) -> str:
     label = rating_label(rating)
     if label not in labels:
         raise PromptError(
-            f"rating {label} has no label", where="samples", remedy=f"the scale's labels are {', '.join(labels)}"
+            f"rating {label} has no label", where=where, remedy=f"the scale's labels are {', '.join(labels)}"
         )
     return label

@@ -399,7 +399,7 @@ def test_mistaken_users_items_and_ratings_are_told_in_one_line(persona, csv_run)
         (rate(ItemText("A", mean_rating=float("nan"))), DataError, "mean_rating is nan"),
         (rate(ItemText("A", mean_rating="3")), DataError, "mean_rating is '3'; give a number from 0.5 to 5"),
         (rate(ItemText("A", mean_rating=300.0)), DataError, "mean_rating is 300.0"),
-        (meet((item, 7)), PromptError, "rating 7 has no label; the scale's labels are 0.5, 1"),
+        (meet((item, 7)), PromptError, "ratings: rating 7 has no label; the scale's labels are 0.5, 1"),
         (meet((item, "5")), DataError, "rating '5' is no number"),
         (meet((item, float("nan"))), DataError, "rating nan is no number"),
         (meet((item, None)), DataError, "rating None is no number"),
